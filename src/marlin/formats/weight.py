@@ -63,11 +63,9 @@ def _exact_codes(op: str, weight: torch.Tensor, scales: torch.Tensor, mask: torc
     kept = weight.float() if mask is None else weight.float() * mask
     if mask is not None:
         codes, dense = codes * mask, dense * mask
-    # Invariant: a fake-quantized weight was rounded to its own dtype after code * scale, so half an ulp is exact.
-    ulp = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}.get(weight.dtype, 2.0**-22)
-    smallest = 2.0**-24 if weight.dtype == torch.float16 else 2.0**-126
-    error = (dense - kept).abs() - ulp * dense.abs()
-    if bool((error > smallest).any()):
+    # Invariant: a fake-quantized weight is code * scale, rounded once to its own dtype.
+    error = (dense.to(weight.dtype).float() - kept).abs()
+    if bool((error > 0).any()):
         worst = int(error.argmax())
         n, k = divmod(worst, weight.shape[1])
         raise ValueError(

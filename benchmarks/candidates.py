@@ -1,0 +1,133 @@
+"""What is timed: the fp16 baseline and the project's own kernels, on random weights of a shape.
+
+Owns how a weight is made, copied so that it is cold, checked and called. Peers of other projects are in
+`benchmarks.peers`; timing is in `benchmarks.timing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from benchmarks import timing, traffic
+from marlin import ops
+from marlin.formats import CompressedWeight, DenseInt4Weight, Weight, num_groups
+from marlin.formats.layouts import PackedWeight, pack
+from marlin.formats.sparsity import LEGAL_NIBBLES
+from marlin.testing import tolerance
+
+# Rows of M whose results are checked; both ends are among them.
+CHECKED_ROWS = 512
+
+
+class AbsentError(Exception):
+    """This implementation cannot take part here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a candidate is built for."""
+
+    n: int
+    k: int
+    dtype: torch.dtype
+    group_size: int
+    l2_bytes: int
+    device: torch.device = field(default_factory=lambda: torch.device("cuda", torch.cuda.current_device()))
+
+    def copies(self, op: str) -> int:
+        return timing.copies_for(traffic.weight_bytes(op, self.n, self.k, self.group_size), self.l2_bytes)
+
+    def random_act(self, m: int) -> torch.Tensor:
+        return torch.randn(m, self.k, device=self.device).to(self.dtype)
+
+    def random_dense(self) -> torch.Tensor:
+        return (torch.randn(self.n, self.k, device=self.device) * 0.02).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One implementation with its copies of a weight.
+
+    call(i, act, out): the product with copy i, written to out where the implementation can.
+    check(act, out): raises AssertionError; None for others' kernels. config(m): what would run, or None.
+    """
+
+    impl: str
+    op: str
+    copies: int
+    call: Callable[[int, torch.Tensor, torch.Tensor], object]
+    check: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+    config: Callable[[int], str | None] = lambda m: None
+
+    @property
+    def key(self) -> str:
+        return f"{self.impl}:{self.op}"
+
+
+Factory = Callable[[Setting], Prepared]
+
+
+def random_weight(kind: str, setting: Setting) -> Weight:
+    """A random canonical weight on the device, with scales that keep fp16 outputs in range."""
+    n, k, device = setting.n, setting.k, setting.device
+    shape = (n, num_groups(k, setting.group_size, "benchmarks"))
+    scales = ((torch.rand(shape, device=device) + 0.5) * 0.01).to(setting.dtype)
+    if kind == "w4a16_dense":
+        codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, device=device)
+        return DenseInt4Weight(codes, scales, setting.group_size)
+    codes = torch.randint(-8, 8, (n, k // 2), dtype=torch.int8, device=device)
+    return CompressedWeight(codes, random_positions(n, k // 4, device), scales, setting.group_size)
+
+
+def random_positions(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Random legal 2:4 nibbles, uint8 [rows, columns]."""
+    legal = torch.tensor(LEGAL_NIBBLES, dtype=torch.uint8, device=device)
+    return legal[torch.randint(0, len(LEGAL_NIBBLES), (rows, columns), device=device)]
+
+
+def cublas(setting: Setting) -> Prepared:
+    """torch.mm on 16-bit weights."""
+    weights = [setting.random_dense().T for _ in range(setting.copies("fp16"))]
+    return Prepared("cublas", "fp16", len(weights), lambda i, act, out: torch.mm(act, weights[i], out=out))
+
+
+def _check_rows(weight: Weight, act: torch.Tensor, out: torch.Tensor) -> None:
+    if not bool(out.isfinite().all()):
+        raise AssertionError(f"{int((~out.isfinite()).sum())} of {out.numel()} entries are not finite or not written")
+    rows = torch.linspace(0, act.shape[0] - 1, min(CHECKED_ROWS, act.shape[0]), device=act.device).long()
+    tolerance.check(out[rows], act[rows], weight)
+
+
+def _clone(packed: PackedWeight) -> PackedWeight:
+    meta = None if packed.meta is None else packed.meta.clone()
+    return replace(packed, codes=packed.codes.clone(), meta=meta, scales=packed.scales.clone())
+
+
+def marlin(kind: str) -> Factory:
+    """Factory of the project's operator of `kind`, through `marlin.ops.linear_out`."""
+
+    def build(setting: Setting) -> Prepared:
+        weight = random_weight(kind, setting)
+        first = pack(weight, setting.dtype)
+        copies = [first, *(_clone(first) for _ in range(setting.copies(kind) - 1))]
+
+        def check(act: torch.Tensor, out: torch.Tensor) -> None:
+            ops.linear_out(act, first, out.fill_(torch.nan))
+            _check_rows(weight, act, out)
+            again = ops.linear_out(act, copies[-1], torch.full_like(out, torch.nan))
+            if not torch.equal(again, out):
+                raise AssertionError("two runs on equal weights differ")
+
+        def config(m: int) -> str:
+            return ops.describe(kind, m, setting.n, setting.k, setting.group_size, setting.dtype, setting.device)
+
+        def call(i: int, act: torch.Tensor, out: torch.Tensor) -> Any:
+            return ops.linear_out(act, copies[i], out)
+
+        return Prepared("marlin", kind, len(copies), call, check, config)
+
+    return build

@@ -1,0 +1,245 @@
+"""The GEMM benchmark: `python -m benchmarks.gemm`, checked first, then timed against cuBLAS and peers.
+
+Owns the loop over shapes, dtypes and batch sizes, and the record it writes. What is timed is in `candidates` and
+`peers`, how in `timing`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks import candidates, ceilings, machine, peers, presets, records, timing, traffic
+from benchmarks.candidates import AbsentError, Factory, Prepared, Setting
+
+OWN: dict[str, Factory] = {
+    "w4a16_sp24": candidates.marlin("w4a16_sp24"),
+    "w4a16_dense": candidates.marlin("w4a16_dense"),
+}
+QUICK_BATCHES, QUICK_BUDGET_MS = "1,16,64,256", 15.0
+
+
+@dataclass
+class Run:
+    """One benchmark run: what it measures, and what it found."""
+
+    factories: dict[str, Factory]
+    batches: list[int]
+    group_size: int
+    budget_ms: float
+    ceilings: traffic.Ceilings
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def prepare(self, setting: Setting) -> list[Prepared]:
+        """Build every implementation that is there; note why others are not."""
+        built = []
+        for name, factory in self.factories.items():
+            try:
+                built.append(factory(setting))
+            except AbsentError as reason:
+                self._note_absent(name, setting, str(reason))
+            except Exception as error:
+                if name in peers.PEERS:
+                    self._note_absent(name, setting, f"{type(error).__name__}: {_first_line(error)}")
+                else:
+                    self._fault(f"{name} n={setting.n} k={setting.k}: {type(error).__name__}: {error}")
+        return built
+
+    def _note_absent(self, name: str, setting: Setting, reason: str) -> None:
+        dtype = _dtype_name(setting.dtype)
+        key = f"{name} {dtype}"
+        if self.absent.get(key) != reason:
+            print(f"  {name} ({dtype}): absent ({reason})", flush=True)
+            self.absent[key] = reason
+
+    def _fault(self, text: str) -> None:
+        self.faults.append(text)
+        print(f"  FAULT {text}", flush=True)
+
+    def measure(self, setting: Setting) -> None:
+        """All batch sizes of one shape and dtype."""
+        built = self.prepare(setting)
+        for m in self.batches:
+            act = setting.random_act(m)
+            out = torch.empty(m, setting.n, dtype=setting.dtype, device=setting.device)
+            sound = [one for one in built if self._is_right(one, act, out, setting)]
+            calls = {one.key: (_bind(one, act, out), one.copies) for one in sound}
+            timings = timing.time_interleaved(calls, self.budget_ms, failed=self._on_failure(setting, m))
+            new = [self._row(one, setting, m, timings[one.key]) for one in sound if one.key in timings]
+            self.rows.extend(new)
+            print(describe_point(new), flush=True)
+
+    def _is_right(self, one: Prepared, act: torch.Tensor, out: torch.Tensor, setting: Setting) -> bool:
+        if one.check is None:
+            return True
+        try:
+            one.check(act, out)
+        except Exception as error:
+            self._fault(f"{one.key} m={act.shape[0]} n={setting.n} k={setting.k}: {type(error).__name__}: {error}")
+            return False
+        return True
+
+    def _on_failure(self, setting: Setting, m: int) -> Any:
+        def failed(key: str, error: Exception) -> None:
+            name = key.partition(":")[0]
+            if name in peers.PEERS:
+                self._note_absent(name, setting, f"{type(error).__name__}: {_first_line(error)}")
+            else:
+                self._fault(f"{key} m={m} n={setting.n} k={setting.k}: {type(error).__name__}: {error}")
+
+        return failed
+
+    def _row(self, one: Prepared, setting: Setting, m: int, timed: timing.Timing) -> dict[str, Any]:
+        moved = traffic.traffic(one.op, m, setting.n, setting.k, self.group_size)
+        floor_us = moved.floor_us(one.op, self.ceilings)
+        row = {
+            "impl": one.impl,
+            "op": one.op,
+            "dtype": _dtype_name(setting.dtype),
+            "group_size": self.group_size,
+            "meta_bits": traffic.META_BITS.get(one.op),
+            **{"m": m, "n": setting.n, "k": setting.k},
+            **{name: round(getattr(timed, name), 3) for name in ("us", "p10", "p90")},
+            "bytes": moved.total_bytes,
+            "gb_per_s": round(moved.total_bytes / timed.us / 1e3, 1),
+            "tflops_dense_equivalent": round(moved.flops / timed.us / 1e6, 2),
+            "floor_us": round(floor_us, 3),
+            "fraction_of_floor": round(floor_us / timed.us, 4),
+            "config": one.config(m),
+        }
+        records.check_row(row)
+        return row
+
+
+def _bind(one: Prepared, act: torch.Tensor, out: torch.Tensor) -> timing.Call:
+    return lambda i: one.call(i, act, out)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe_point(rows: list[dict[str, Any]]) -> str:
+    """One line for one (shape, dtype, M): the baseline in us, then each time over it and its share of the floor."""
+    base = next((row["us"] for row in rows if row["impl"] == "cublas"), None)
+    parts = []
+    for row in rows:
+        if row["impl"] == "cublas":
+            parts.append(f"{row['m']:>6} cublas {row['us']:.1f} us")
+        else:
+            speedup = f" {base / row['us']:.2f}x" if base else ""
+            floor = f" {100 * row['fraction_of_floor']:.0f}%" if row["impl"] == "marlin" else ""
+            parts.append(f"{row['impl']}:{row['op']} {row['us']:.1f}{speedup}{floor}")
+    return " | ".join(parts) or "  nothing measured"
+
+
+def block_lines(rows: list[dict[str, Any]], group_size: int) -> Iterator[str]:
+    """Sums over the block, one line per dtype and M, for points where every layer was measured."""
+    for dtype in records.DTYPES:
+        for m in sorted({row["m"] for row in rows}):
+            sums: dict[str, list[float]] = {}
+            for row in rows:
+                at = (row["n"], row["k"]) in presets.BLOCK and row["group_size"] == group_size
+                if at and row["m"] == m and row["dtype"] == dtype:
+                    sums.setdefault(f"{row['impl']}:{row['op']}", []).append(row["us"])
+            whole = {name: sum(times) for name, times in sums.items() if len(times) == len(presets.BLOCK)}
+            base = whole.pop("cublas:fp16", None)
+            if base:
+                speedups = " ".join(f"{name} {base / us:.2f}x" for name, us in whole.items())
+                yield f"{dtype:>8} M={m:<5} cublas {base:8.1f} us  {speedups}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    known = ", ".join(presets.PRESETS)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gemm", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few batch sizes, fp16, short; writes only to --out")
+    parser.add_argument("--shapes", default="block", help=f"comma-separated: block, all, NxK, {known}")
+    parser.add_argument("--batches", help="comma-separated numbers, `standard` (default), `odd`")
+    parser.add_argument("--dtypes", help="comma-separated, default float16,bfloat16")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--impls", help=f"of {', '.join([*OWN, *peers.PEERS])}; cublas always takes part")
+    parser.add_argument("--budget-ms", type=float, help="device time for each shape and implementation, default 40")
+    parser.add_argument("--out", type=pathlib.Path, help="the record, default benchmarks/records/gemm-<gpu>.json")
+    return parser
+
+
+def _factories(names: str | None) -> dict[str, Factory]:
+    known = {**OWN, **peers.PEERS}
+    wanted = list(known) if names is None else [name.strip() for name in names.split(",")]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ValueError(f"benchmarks.gemm: --impls must be of {', '.join(known)}; got {', '.join(unknown)}.")
+    return {"cublas": candidates.cublas, **{name: known[name] for name in wanted}}
+
+
+def _dtypes(names: str) -> list[torch.dtype]:
+    short = {"fp16": "float16", "bf16": "bfloat16"}
+    found = [short.get(name.strip(), name.strip()) for name in names.split(",")]
+    if any(name not in records.DTYPES for name in found):
+        raise ValueError(f"benchmarks.gemm: --dtypes must be of {', '.join(records.DTYPES)}; got {names!r}.")
+    return [getattr(torch, name) for name in found]
+
+
+def _record(facts: dict[str, Any], run: Run) -> dict[str, Any]:
+    return records.check(
+        {
+            **facts,
+            "clocks": machine.clocks(),
+            "ceilings": vars(run.ceilings),
+            "kernel_hash": records.kernel_hash(),
+            "absent": run.absent,
+            "rows": run.rows,
+        }
+    )
+
+
+@torch.inference_mode()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0, 1 when an own kernel was wrong or failed, 2 without a GPU or with bad arguments."""
+    args = _parser().parse_args(argv)
+    try:
+        shapes = presets.shapes(args.shapes)
+        batches = presets.batches(args.batches or (QUICK_BATCHES if args.quick else "standard"))
+        dtypes = _dtypes(args.dtypes or ("float16" if args.quick else "float16,bfloat16"))
+        factories = _factories(args.impls)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("benchmarks.gemm: a CUDA GPU is needed; got none. Run `marlin doctor`.", file=sys.stderr)
+        return 2
+    began, facts = time.monotonic(), machine.facts()
+    torch.manual_seed(0)
+    budget_ms = args.budget_ms or (QUICK_BUDGET_MS if args.quick else 40.0)
+    run = Run(factories, batches, args.group_size, budget_ms, ceilings.measure())
+    print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}: {vars(run.ceilings)}", flush=True)
+    path = args.out or (None if args.quick else records.RECORDS / f"gemm-{machine.slug(facts['gpu'])}.json")
+    for n, k in shapes:
+        for dtype in dtypes:
+            print(f"N={n} K={k} {_dtype_name(dtype)}", flush=True)
+            run.measure(Setting(n, k, dtype, args.group_size, machine.l2_bytes()))
+            torch.cuda.empty_cache()
+        if path is not None and run.rows:
+            records.write(path, records.merge(records.read(path), _record(facts, run)))
+    print("\n".join(block_lines(run.rows, args.group_size)))
+    print(f"{len(run.rows)} rows in {time.monotonic() - began:.0f} s" + (f" -> {path}" if path else ""))
+    if run.faults:
+        print(f"{len(run.faults)} fault(s):\n" + "\n".join(f"  {text.splitlines()[0]}" for text in run.faults))
+    return 1 if run.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

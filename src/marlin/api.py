@@ -1,0 +1,191 @@
+"""The package in three calls: `compress` a model in memory, `save_pretrained` it as a directory, `load` it.
+
+Owns the order of the steps, and the model card. The steps belong to `marlin.compress`, `marlin.nn`,
+`marlin.formats.checkpoint` and `marlin.integrations.transformers`. transformers is imported by the calls that need it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marlin import nn
+from marlin.compress import Compressed, Options, Recipe, calibration_windows, compress_model, preset
+from marlin.errors import UnsupportedError, message, require
+from marlin.formats import checkpoint
+from marlin.formats.atomic import check_replaceable, replace_directory
+
+REPORT_FILE, CARD_FILE = "compression_report.json", "README.md"
+
+
+def tokenize(texts: str | Sequence[str], tokenizer: Any) -> torch.Tensor:
+    """One token stream of texts joined in order, without special tokens: int64 [tokens].
+
+    Raises: TypeError (no tokenizer, or something else than text), ValueError (no token at all).
+    """
+    op = "tokenize"
+    parts = [texts] if isinstance(texts, str) else list(texts)
+    if tokenizer is None or not all(isinstance(part, str) for part in parts):
+        got = "no tokenizer" if tokenizer is None else f"a list with {sorted({type(p).__name__ for p in parts})}"
+        raise TypeError(message(op, "texts must be strings and come with a tokenizer", got, "Pass tokenizer=..."))
+    ids = [torch.tensor(tokenizer(part, add_special_tokens=False)["input_ids"], dtype=torch.int64) for part in parts]
+    stream = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
+    require(stream.numel() > 0, op, "texts must hold at least one token", "none")
+    return stream
+
+
+def compress(
+    model: Any,
+    calibration: torch.Tensor | str | Sequence[str],
+    recipe: Recipe | str | None = None,
+    *,
+    tokenizer: Any = None,
+    samples: int = 16,
+    length: int = 1024,
+    options: Options | None = None,
+    dtype: torch.dtype | None = None,
+) -> Compressed:
+    """Compress a causal language model in place: its linears become `SparseLinear`, ready to run and to save.
+
+    calibration: int64 token ids [S, T], or text (with tokenizer), of which `samples` windows of `length` tokens are
+    drawn. recipe: a `Recipe`, the name of a preset, or None for all decoder linears to 2:4 INT4. dtype: of everything
+    that stays floating point, scales included (None keeps the model's).
+    Raises: ValueError, TypeError (calibration, recipe, layer shapes, dtype that cannot hold a scale).
+    """
+    options = options or Options()
+    if isinstance(recipe, str):
+        recipe = preset(recipe)
+    if not isinstance(calibration, torch.Tensor):
+        calibration = calibration_windows(tokenize(calibration, tokenizer), samples, length, options.seed)
+    compressed = compress_model(model, calibration, recipe or Recipe(), options=options)
+    nn.replace_linears(model, compressed.weights, dtype)
+    if dtype is not None:
+        model.to(dtype)
+    if hasattr(model, "save_pretrained"):
+        _attach(model)
+    return compressed
+
+
+def _attach(model: Any) -> None:
+    try:
+        from marlin.integrations.transformers.quantizer import attach
+    except ImportError as error:
+        fix = "Install it: pip install 'sparse-marlin[transformers]'."
+        raise UnsupportedError(message("marlin", "transformers must be installed", str(error), fix)) from error
+    attach(model)
+
+
+def save_pretrained(
+    model: Any,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    report: Compressed | Mapping[str, Any] | None = None,
+    recipe: Recipe | None = None,
+    numbers: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write a compressed model as a Hugging Face directory, whole or not at all; returns the directory.
+
+    Beside what `model.save_pretrained` writes: the tokenizer, `compression_report.json` (report, recipe, numbers) and
+    a model card that shows recipe and numbers. report: what `compress` returned, or any JSON object. An existing
+    directory is replaced when it is empty, holds a model of ours, or under overwrite.
+    Raises: TypeError (not a model of transformers), ValueError (nothing compressed), FileExistsError,
+    NotADirectoryError, OSError, CheckpointError (illegal values).
+    """
+    op = "save_pretrained"
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        fix = "Save other modules with torch.save(model.state_dict())."
+        raise TypeError(message(op, "model must be a transformers.PreTrainedModel", type(model).__name__, fix))
+    found = next(nn.sparse_linears(model), None)
+    require(found is not None, op, "model must have a compressed layer", "none", "Call marlin.compress first.")
+    target = Path(directory)
+    check_replaceable(target, overwrite, checkpoint.is_directory_of_ours)
+    record = _record(report, recipe, numbers)
+    _attach(model)
+    options: dict[str, Any] = {"max_shard_size": max_shard_size}
+    if "save_original_format" in inspect.signature(type(model).save_pretrained).parameters:
+        options["save_original_format"] = False  # Why: names of tensors must be those of the modules.
+    with replace_directory(target, overwrite=overwrite, is_ours=checkpoint.is_directory_of_ours) as temporary:
+        model.save_pretrained(temporary, **options)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        summary = checkpoint.read_directory_summary(temporary)
+        (temporary / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (temporary / CARD_FILE).write_text(_card(target.name, summary, record), encoding="utf-8")
+    return target
+
+
+def _record(
+    report: Compressed | Mapping[str, Any] | None, recipe: Recipe | None, numbers: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What `compression_report.json` holds. Raises: TypeError (something that JSON cannot hold)."""
+    body = json.loads(report.report_json()) if isinstance(report, Compressed) else dict(report or {})
+    if recipe is not None:
+        body["recipe"] = json.loads(recipe.to_json())
+    if numbers is not None:
+        body["numbers"] = dict(numbers)
+    try:
+        json.dumps(body)
+    except (TypeError, ValueError) as error:
+        raise TypeError(message("save_pretrained", "report and numbers must be JSON", str(error))) from error
+    return body
+
+
+def _layer_rows(summary: checkpoint.DirectorySummary) -> list[str]:
+    rows = ["| kind | layers | weights | bits per weight | MB |", "|---|---:|---:|---:|---:|"]
+    for kind in checkpoint.KINDS:
+        layers = [layer for layer in summary.layers if layer.spec.kind == kind]
+        if layers:
+            weights, nbytes = sum(x.spec.n * x.spec.k for x in layers), sum(x.nbytes for x in layers)
+            rows.append(f"| {kind} | {len(layers)} | {weights:,} | {8 * nbytes / weights:.2f} | {nbytes / 1e6:,.1f} |")
+    others = summary.unquantized_bytes
+    rows.append(f"| not quantized | {len(others)} tensors | | | {sum(others.values()) / 1e6:,.1f} |")
+    return rows
+
+
+def _show(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _card(name: str, summary: checkpoint.DirectorySummary, record: Mapping[str, Any]) -> str:
+    """The model card: use, layers, numbers, recipe."""
+    architecture = ", ".join(summary.config.get("architectures") or ["model"])
+    lines = ["---", "library_name: transformers", "tags:", "- sparse-marlin", "- int4", "- 2:4-sparsity", "---", ""]
+    lines += [f"# {name}", ""]
+    lines += [f"{architecture} with INT4 weights, 2:4-sparse where the table says `w4a16_sp24`.", ""]
+    lines += ["```python", "import marlin  # pip install 'sparse-marlin[transformers]'"]
+    lines += ["from transformers import AutoModelForCausalLM", ""]
+    lines += [f'model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")', "```", ""]
+    lines += ["## Layers", "", *_layer_rows(summary), ""]
+    if record.get("numbers"):
+        lines += ["## Numbers", "", "| | |", "|---|---:|"]
+        lines += [f"| {key} | {_show(value)} |" for key, value in record["numbers"].items()] + [""]
+    if record.get("recipe"):
+        lines += ["## Recipe", "", "```json", json.dumps(record["recipe"], indent=2), "```", ""]
+    return "\n".join(lines)
+
+
+def load(directory: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
+    """A compressed causal language model from a directory: `AutoModelForCausalLM.from_pretrained`, checked first.
+
+    device: where the whole model goes (None: the CPU). dtype: of everything floating point (None: as saved).
+    Raises: CheckpointError (see `marlin.formats.checkpoint.open_directory`), UnsupportedError (no transformers).
+    """
+    checkpoint.open_directory(directory)
+    try:
+        from transformers import AutoModelForCausalLM
+
+        from marlin.integrations.transformers import register_lazily
+    except ImportError as error:
+        fix = "Install it: pip install 'sparse-marlin[transformers]'."
+        raise UnsupportedError(message("load", "transformers must be installed", str(error), fix)) from error
+    register_lazily()
+    device_map = {} if device is None else {"device_map": {"": device}}
+    return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype or "auto", **device_map)

@@ -1,0 +1,78 @@
+"""From a problem to a launch: enumerate configurations, drop the illegal, take the cheapest; remember the answer."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from marlin.errors import UnsupportedError
+from marlin.runtime import driver
+from marlin.runtime.config import MAX_WORKSPACE_BYTES, TileConfig, all_configs, why_illegal, why_illegal_problem
+from marlin.runtime.cost import Geometry, cost_us, geometry
+from marlin.runtime.driver import DeviceInfo
+from marlin.runtime.problem import Problem
+from marlin.runtime.source import Variant
+
+
+class Plan(NamedTuple):
+    """Everything about a launch but its pointers.
+
+    workspace_bytes: fp32 parts of split tiles; num_tickets: int32 counters, zero before the first launch and left zero.
+    """
+
+    problem: Problem
+    device: DeviceInfo
+    config: TileConfig
+    variant: Variant
+    geometry: Geometry
+    workspace_bytes: int
+    num_tickets: int
+
+
+class Candidate(NamedTuple):
+    """One line of `explain`: a configuration with its estimated time, or the reason why it is out."""
+
+    config: TileConfig
+    us: float | None
+    reason: str | None
+
+
+def candidates(problem: Problem, device: DeviceInfo) -> list[Candidate]:
+    """Every configuration with its cost or the reason against it, cheapest first."""
+    rows = []
+    for config in all_configs(problem.kind):
+        reason = why_illegal(config, problem, device)
+        if reason is None and _workspace_bytes(config, geometry(config, problem, device)) > MAX_WORKSPACE_BYTES:
+            reason = f"{config.tag} needs a workspace of more than {MAX_WORKSPACE_BYTES >> 20} MiB."
+        rows.append(Candidate(config, None if reason else cost_us(config, problem, device), reason))
+    return sorted(rows, key=lambda row: (row.us is None, row.us or 0.0))
+
+
+def _workspace_bytes(config: TileConfig, shape: Geometry) -> int:
+    shared = shape.num_split_tiles and shape.stripe_chunks < shape.num_chunks
+    return 2 * shape.grid * config.block_m * config.block_n * 4 if shared else 0
+
+
+def make_plan(problem: Problem, device: DeviceInfo, config: TileConfig | None = None) -> Plan:
+    """Plan for any device description; `config` overrides the choice. Raises: ValueError, UnsupportedError."""
+    reason = why_illegal_problem(problem)
+    if reason is not None:
+        raise ValueError(f"{problem.kind}: {reason}")
+    if config is None:
+        best = candidates(problem, device)[0]
+        if best.us is None:
+            raise UnsupportedError(f"{problem.kind}: {best.reason}")
+        config = best.config
+    else:
+        reason = why_illegal(config, problem, device)
+        if reason is not None:
+            raise UnsupportedError(f"{problem.kind}: {reason}")
+    shape = geometry(config, problem, device)
+    variant = Variant(problem.kind, problem.dtype, problem.group_size, config)
+    return Plan(problem, device, config, variant, shape, _workspace_bytes(config, shape), shape.num_split_tiles)
+
+
+@lru_cache(maxsize=8192)
+def plan(problem: Problem, device_index: int, config: TileConfig | None = None) -> Plan:
+    """The plan for a problem on a GPU of this machine, cached. Raises: ValueError, UnsupportedError."""
+    return make_plan(problem, driver.device_info(device_index), config)

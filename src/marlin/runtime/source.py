@@ -1,0 +1,192 @@
+"""Kernel text: which variants exist, and how one becomes a self-contained translation unit.
+
+Knows the kernel's template parameters and arguments; knows nothing of compilers and GPUs.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+
+from marlin.errors import require
+from marlin.runtime.config import GROUP_SIZES, TileConfig, all_configs
+from marlin.runtime.problem import DTYPES, KINDS
+
+# Arguments of every entry point, in order: type in C, name, and the character that the launcher packs it by.
+ARGUMENTS = (
+    ("const unsigned short*", "act", "P"),
+    ("const unsigned int*", "codes", "P"),
+    ("const unsigned int*", "meta", "P"),
+    ("const unsigned short*", "scales", "P"),
+    ("const unsigned short*", "bias", "P"),
+    ("unsigned short*", "out", "P"),
+    ("float4*", "workspace", "P"),
+    ("int*", "tickets", "P"),
+    ("int", "m", "i"),
+    ("int", "n", "i"),
+    ("int", "k", "i"),
+    ("int", "act_stride", "i"),
+    ("int", "num_m_tiles", "i"),
+    ("int", "num_n_tiles", "i"),
+    ("int", "num_chunks", "i"),
+    ("int", "num_split_tiles", "i"),
+    ("int", "stripe_chunks", "i"),
+    ("int", "num_whole_tiles", "i"),
+)
+SIGNATURE = "".join(code for _, _, code in ARGUMENTS)
+_INCLUDE = re.compile(r'^#include "([a-z0-9_]+\.cuh)"\n', re.MULTILINE)
+
+
+@lru_cache(maxsize=None)
+def inline(header: str) -> str:
+    """The text of a header of `marlin/kernels` with its own headers pasted in, each once."""
+    folder, seen = resources.files("marlin") / "kernels", set[str]()
+
+    def paste(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = (folder / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        return _INCLUDE.sub(lambda match: paste(match.group(1)), text)
+
+    return paste(header)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel: kind, dtype, group size and tile."""
+
+    kind: str
+    dtype: str
+    group_size: int
+    config: TileConfig
+
+    @property
+    def name(self) -> str:
+        """The kernel family, "sm80_w4a16_sp24" or "sm80_w4a16_dense"."""
+        return f"sm80_{self.kind}"
+
+    @property
+    def entry(self) -> str:
+        """The extern "C" symbol; unique among variants."""
+        group = "row" if self.group_size == -1 else f"g{self.group_size}"
+        dtype = "bf16" if self.dtype == "bfloat16" else "fp16"
+        return f"{self.name}_{dtype}_{group}_{self.config.tag}"
+
+    @property
+    def smem_bytes(self) -> int:
+        return self.config.smem_bytes(self.kind, self.group_size)
+
+    @property
+    def threads(self) -> int:
+        return self.config.threads
+
+    def entry_text(self) -> str:
+        """The entry point alone: the template with this variant's parameters."""
+        c = self.config
+        tile = (
+            f"marlin::Tile<{str(self.kind == 'w4a16_sp24').lower()}, {str(self.dtype == 'bfloat16').lower()}, "
+            f"{max(self.group_size, 0)}, {c.block_m}, {c.block_n}, {c.block_k}, {c.stages}, "
+            f"{c.warps_m}, {c.warps_n}, {c.warps_k}>"
+        )
+        parameters = ", ".join(f"{kind} {name}" for kind, name, _ in ARGUMENTS)
+        names = [name for _, name, _ in ARGUMENTS]
+        split = names.index("num_m_tiles")
+        values = f"{', '.join(names[:split])}, {{{', '.join(names[split:])}}}"
+        return (
+            f'extern "C" __global__ void __launch_bounds__({self.threads}, {c.ctas_per_sm})\n'
+            f"{self.entry}({parameters}) {{\n"
+            f"    using T = {tile};\n"
+            f'    static_assert(T::kSmemBytes == {self.smem_bytes}, "host and device disagree on shared memory");\n'
+            f"    extern __shared__ __align__(128) char smem[];\n"
+            f"    const marlin::Args args{{{values}}};\n"
+            f"    marlin::w4a16_kernel<T>(args, smem);\n"
+            f"}}\n"
+        )
+
+    def render(self) -> str:
+        """The whole translation unit; includes nothing."""
+        return inline("sm80_w4a16.cuh") + "\n" + self.entry_text()
+
+
+def all_variants() -> list[Variant]:
+    """Every kernel that can be chosen at run time."""
+    return [
+        Variant(kind, dtype, group_size, config)
+        for kind in KINDS
+        for dtype in DTYPES
+        for group_size in GROUP_SIZES
+        for config in all_configs(kind)
+    ]
+
+
+_LAUNCHER = """
+// Computes out[M, N] = act[M, K] @ weight[N, K].T (+ bias) on `stream`.
+//   act [M, K], row stride act_stride, 16-byte aligned rows; weight as marlin.formats.layouts.pack orders it; bias [N]
+//   or null; out [M, N] contiguous. workspace: at least marlin_workspace_bytes() of device memory; tickets: one int per
+//   block of the grid (2 x multiprocessors suffice), all zero before the first call and left zero by every call; both
+//   belong to one stream. Returns a cudaError_t (0: success).
+extern "C" size_t marlin_workspace_bytes() { return %(workspace)du << 20; }
+
+extern "C" int marlin_launch(%(parameters)s, cudaStream_t stream) {
+    int device = 0, sms = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    if (m < 1 || n < 8 || n %% 8 || k < 32 || k %% 32 || act_stride < k || act_stride %% 8) return cudaErrorInvalidValue;
+%(cases)s}
+"""
+_CASE = """    %(condition)s{
+        constexpr int block_m = %(m)d, block_n = %(n)d, block_k = %(k)d;
+        const int m_tiles = (m + block_m - 1) / block_m, n_tiles = (n + block_n - 1) / block_n;
+        const int chunks = (k + block_k - 1) / block_k, tiles = m_tiles * n_tiles;
+        const long long units = static_cast<long long>(tiles) * chunks;
+        const int grid = static_cast<int>(units < %(ctas)d * sms ? units : %(ctas)d * sms);
+        const int whole = tiles / grid, split = tiles %% grid;
+        const int stripe = split ? (split * chunks + grid - 1) / grid : 1;
+        error = cudaFuncSetAttribute(%(entry)s, cudaFuncAttributeMaxDynamicSharedMemorySize, %(smem)d);
+        if (error != cudaSuccess) return error;
+        %(entry)s<<<grid, %(threads)d, %(smem)d, stream>>>(
+            %(arguments)s, m_tiles, n_tiles, chunks, split, stripe, whole);
+        return cudaGetLastError();
+    }
+"""
+
+
+def emit(name: str, *, dtype: str = "float16", group_size: int = 128) -> str:
+    """One self-contained .cu (base CUDA only) of a kernel family, with an `extern "C"` launcher.
+
+    name: "sm80_w4a16_sp24" or "sm80_w4a16_dense". The tile is chosen by M alone: the smallest token tile that holds it.
+    Raises: ValueError (unknown name, dtype or group size).
+    """
+    kinds = {f"sm80_{kind}": kind for kind in KINDS}
+    require(name in kinds, "kernels emit", f"NAME must be one of {tuple(kinds)}", repr(name))
+    require(dtype in DTYPES, "kernels emit", f"dtype must be one of {DTYPES}", repr(dtype))
+    require(group_size in GROUP_SIZES, "kernels emit", f"group_size must be one of {GROUP_SIZES}", str(group_size))
+    by_block_m = {config.block_m: config for config in reversed(all_configs(kinds[name]))}
+    variants = [Variant(kinds[name], dtype, group_size, by_block_m[m]) for m in sorted(by_block_m)]
+    arguments = [(kind, arg) for kind, arg, _ in ARGUMENTS][: [a for _, a, _ in ARGUMENTS].index("num_m_tiles")]
+    cases = "".join(
+        _CASE
+        % {
+            "condition": "" if variant is variants[-1] else f"if (m <= {variant.config.block_m}) ",
+            "m": variant.config.block_m,
+            "n": variant.config.block_n,
+            "k": variant.config.block_k,
+            "ctas": variant.config.ctas_per_sm,
+            "entry": variant.entry,
+            "smem": variant.smem_bytes,
+            "threads": variant.threads,
+            "arguments": ", ".join(arg for _, arg in arguments),
+        }
+        for variant in variants
+    )
+    launcher = _LAUNCHER % {
+        "workspace": 64,
+        "parameters": ", ".join(f"{kind} {arg}" for kind, arg in arguments),
+        "cases": cases,
+    }
+    head = f"// {name}, {dtype}, group_size {group_size}. Build: nvcc -std=c++17 -arch=sm_80 (or newer).\n"
+    return head + inline("sm80_w4a16.cuh") + "\n" + "\n".join(v.entry_text() for v in variants) + launcher
