@@ -3,7 +3,7 @@
 # make lint    ruff, format check, mypy
 # make kernels compile every kernel configuration for every supported architecture; fails on register spills
 # make gpu     on a GPU host: GPU tests and benchmarks with the system's Python, no .venv and no network
-# make bench-report   render the tables of README and docs from benchmarks/records
+# make bench-report  render the tables of README and docs from benchmarks/records; make report-check compares only
 # make clean   remove .venv, caches and build output
 #
 # PYTHON  interpreter that .venv is made from, and that `make gpu` runs (3.10 or newer).
@@ -22,9 +22,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+DOCUMENTS := README.md $(sort $(wildcard docs/*.md))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint kernels gpu bench-report clean
+.PHONY: help demo test lint kernels gpu bench-report report-check clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/^$$/p'
@@ -51,7 +52,7 @@ demo: $(VENV)/.demo
 
 # Why one thread: as many workers as cores, each with as many threads, would fight over the cores.
 test: $(VENV)/.dev
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) -q $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --timeout 300 -q $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
@@ -59,13 +60,16 @@ lint: $(VENV)/.dev
 	@$(BIN)/mypy
 
 kernels: $(VENV)/.dev
-	@$(BIN)/python scripts/check_kernels.py
+	@$(BIN)/python -m benchmarks.kernels --archs "$$($(BIN)/python -c 'from marlin.runtime.compiler import ARCHS; print(*ARCHS, sep=",")')"
 
 gpu:
 	@PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu
 
 bench-report: $(VENV)/.dev
-	@$(BIN)/python -m benchmarks.report
+	@$(BIN)/python -m benchmarks.report --update $(DOCUMENTS)
+
+report-check: $(VENV)/.dev
+	@$(BIN)/python -m benchmarks.report --check $(DOCUMENTS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist demo-out

@@ -86,9 +86,8 @@ def _draw_lines(axes: Any, rows: Rows, shapes: Sequence[tuple[int, int]], title:
     batches = sorted({m for points in lines.values() for m, _ in points})
     axes.axhline(1.0, color="#737373", linewidth=1, linestyle="--")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(batches, [str(m) for m in batches], rotation=45 if len(batches) > 10 else 0)
+    axes.set_xticks(batches, [str(m) for m in batches], rotation=45 if len(batches) > 8 else 0)
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
     axes.set_xlabel("batch size M (tokens)")
     axes.set_title(title, loc="left", fontsize=9)
 
@@ -113,9 +112,11 @@ def draw_batches(record: dict[str, Any], path: pathlib.Path) -> None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), sharey=True)
         _draw_lines(left, rows, presets.BLOCK, f"decoder block of {presets.BLOCK_NAME}, sum of four layers")
         _draw_lines(right, rows, [(n, k)], f"one layer, N={n} K={k}")
+        top = max(times for axes in (left, right) for line in axes.get_lines() for times in line.get_ydata())
+        left.set_ylim(0, 1.06 * top)
         left.set_ylabel("speedup over cuBLAS fp16")
         handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0.02))
+        figure.legend(handles, labels, loc="upper center", ncols=3, bbox_to_anchor=(0.5, -0.04))
         figure.suptitle(_where(record, ""), x=0.06, ha="left", fontsize=10)
         _save(figure, path)
 

@@ -48,7 +48,7 @@ def command(step: str, args: argparse.Namespace) -> list[str]:
     """The process of a step."""
     python = [sys.executable, "-m"]
     if step == "tests":
-        report = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={LOGS / 'tests.xml'}"]
+        report = ["--require-gpu", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={LOGS / 'tests.xml'}"]
         return [*python, "pytest", "-m", "gpu", *report, *(args.tests or ["tests/gpu"])]
     if step == "gemm":
         quick = ["--quick"] if args.quick else []

@@ -1,6 +1,6 @@
 """Records: the files that hold measurements, their schema, and whether they are current.
 
-Owns reading, checking, merging and writing `benchmarks/records/*.json`. Needs no GPU and no torch.
+Owns reading, checking, merging and writing `benchmarks/records/*.json`. Needs no GPU.
 
 A gemm record: gpu, driver, torch, cuda, nvrtc, python, date, clocks, ceilings, kernel_hash, absent, rows. A row:
 impl, op, dtype, group_size (of the run, also for the fp16 baseline), meta_bits, m, n, k, us, p10, p90, bytes,
@@ -106,17 +106,16 @@ def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: pathlib.Path, record: dict[str, Any]) -> None:
-    """Write aside, then rename, so that no reader sees half a record. Rows are one a line."""
-    head = {name: value for name, value in record.items() if name != "rows"}
-    text = json.dumps(head, indent=1)
+    """Write aside, then rename, so that no reader sees half a record. One field a line, one row a line."""
+    fields = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in record.items() if name != "rows"]
     if "rows" in record:
-        rows = ",\n".join("  " + json.dumps(row) for row in record["rows"])
-        text = text.removesuffix("\n}") + (",\n" if head else "") + ' "rows": [\n' + rows + "\n ]\n}"
+        fields.append(' "rows": [\n' + ",\n".join("  " + json.dumps(row) for row in record["rows"]) + "\n ]")
+    text = "{\n" + ",\n".join(fields) + "\n}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "w") as file:
-            file.write(text + "\n")
+            file.write(text)
         os.chmod(aside, 0o644)
         os.replace(aside, path)
     except BaseException:

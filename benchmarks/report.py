@@ -1,7 +1,7 @@
 """Tables from the records: `python -m benchmarks.report [--update | --check] FILE...`.
 
 Owns the Markdown between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, for the NAMEs of `TABLES`. Numbers come
-from `benchmarks/records/` alone. Needs no GPU and no torch.
+from `benchmarks/records/` alone. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ BASELINE: Impl = ("cublas", "fp16")
 LABELS: dict[Impl, str] = {
     ("marlin", "w4a16_sp24"): "**2:4 INT4**",
     ("marlin", "w4a16_dense"): "**INT4**",
-    ("sparse-marlin", "w4a16_sp24"): "Sparse-Marlin, 2:4 INT4",
-    ("marlin-published", "w4a16_dense"): "Marlin, INT4",
+    ("sparse-marlin", "w4a16_sp24"): "published Sparse-Marlin, 2:4 INT4",
+    ("marlin-published", "w4a16_dense"): "published Marlin, INT4",
     ("cusparselt", "fp16_sp24"): "cuSPARSELt, 2:4 fp16",
     ("gemlite", "w4a16_dense"): "GemLite, INT4",
     ("humming", "w4a16_dense"): "Humming, INT4",

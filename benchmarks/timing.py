@@ -8,6 +8,7 @@ Knows nothing of what a call computes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,11 +71,19 @@ def estimate_us(call: Call, copies: int, calls: int = 6) -> float:
     return float(max(start.elapsed_time(end) * 1e3 / calls, 1.0))
 
 
+@functools.cache
+def _capture_stream(device_index: int) -> torch.cuda.Stream:
+    # Why one for all captures: libraries keep a workspace for every stream that they have seen.
+    return torch.cuda.Stream(device_index)
+
+
 def capture(call: Call, copies: int, launches: int) -> torch.cuda.CUDAGraph:
     """A graph of `launches` calls that walk over the copies."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(_capture_stream(torch.cuda.current_device())):
+        call(0)
+        torch.cuda.synchronize()
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             for i in range(launches):

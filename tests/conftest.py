@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import hypothesis
@@ -12,9 +11,9 @@ import torch
 hypothesis.settings.register_profile("marlin", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("marlin")
 
-# Why: workers of pytest-xdist share the cores, and torch would take all of them in each.
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, min(4, (os.cpu_count() or 1) // _WORKERS)))
+# Why: tensors here are small. More threads gain little on an idle machine and wait for each other on a busy one, where
+# two threads on two shared cores take ten times as long as one.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -181,6 +181,15 @@ def test_summary_counts_bytes_and_zeros(tmp_path: Path) -> None:
     assert summary.total_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def test_summary_lists_layers_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    spec = LayerSpec("w4a16_sp24", 64, 64, 64)
+    names = [f"model.layers.{index}.{leaf}" for index in (2, 10, 11) for leaf in ("down_proj", "up_proj")]
+    packed = pack(random_weight(spec))
+    tensors = {key: t.clone() for name in names for key, t in layer_tensors(name, packed).items()}
+    config = describe(dict.fromkeys(sorted(names), spec))
+    assert [row.name for row in read_directory_summary(write(tmp_path / "model", tensors, config)).layers] == names
+
+
 def test_summary_reads_no_codes_until_asked(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("marlin.formats.checkpoint.safe_open", None)
     summary = read_directory_summary(directory)
@@ -517,7 +526,7 @@ def test_replace_directory_replaces_only_what_it_may(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError) as caught:
         replace_directory(target).__enter__()
     assert str(caught.value) == (
-        f"save {target}: an existing directory must be empty or a previous save; got 1 other entries. "
+        f"save {target}: an existing directory must be empty or a previous save; got other content (1 entries). "
         "Choose another path, or pass overwrite=True to replace it with everything in it."
     )
     assert content(tmp_path) == {"model/a": "1"}

@@ -151,11 +151,11 @@ def test_linear_is_the_oracles_product(kind: str):
     torch.testing.assert_close(product, oracle.linear(act, weight, bias), rtol=0, atol=1e-12)
 
 
-def test_operand_of_128_by_256_takes_less_than_a_second():
+def test_operand_of_128_by_256_takes_less_than_a_second_of_cpu_time():
     packed = pack(cases.random_weight(128, 256, 128))
-    start = time.perf_counter()
+    start = time.process_time()
     emulator.operand(packed)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 # --- padding

@@ -105,13 +105,13 @@ def test_packed_weights_take_the_bits_they_promise(kind: str, bits: float):
     assert packed.nbytes * 8 / (256 * 512) == bits
 
 
-def test_packing_2048_by_8192_takes_less_than_a_second():
+def test_packing_2048_by_8192_takes_less_than_a_second_of_cpu_time():
     weight = cases.random_weight(2048, 8192, 128)
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         pack(weight)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 1.0
 
 
@@ -205,8 +205,10 @@ def test_narrow_n_is_the_slice_of_rows(kind: str, group_size: int, start: int, l
 
 @pytest.mark.parametrize(
     ("k", "group_size", "start", "length"),
-    [(576, 64, 0, 64), (576, 64, 64, 512), (160, 32, 64, 96), (160, 32, 128, 32), (512, 128, 128, 256)]
-    + [(160, -1, 64, 96), (576, -1, 512, 64), (160, -1, 0, 160)],
+    [
+        *((576, 64, 0, 64), (576, 64, 64, 512), (160, 32, 64, 96), (160, 32, 128, 32), (512, 128, 128, 256)),
+        *((160, -1, 64, 96), (576, -1, 512, 64), (160, -1, 0, 160)),
+    ],
 )
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_narrow_k_is_the_slice_of_columns(kind: str, k: int, group_size: int, start: int, length: int):

@@ -113,7 +113,7 @@ class SparseLinear(nn.Module):
         if bias is not None:
             require(tuple(bias.shape) == (packed.n,), _OP, f"bias must have shape [{packed.n}]", str(tuple(bias.shape)))
             own_bias = bias.detach().to(device=packed.scales.device, dtype=dtype, copy=True)
-            layer.bias = nn.Parameter(own_bias, requires_grad=bias.requires_grad)
+            layer.bias = nn.Parameter(own_bias, bias.requires_grad or not isinstance(bias, nn.Parameter))
         return layer
 
     @classmethod

@@ -6,7 +6,6 @@ Owns the exit codes: 0 success, 1 a check failed, 2 bad input or an environment 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,40 +147,6 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return names[dtype]
 
 
-def quiet_transformers() -> None:
-    """Import transformers offline-friendly and without its own progress bars. Raises: UnsupportedError."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        from transformers.utils import logging
-    except ImportError as error:
-        fix = "Install it: pip install 'sparse-marlin[transformers]'."
-        raise UnsupportedError(message("marlin", "this command needs transformers", str(error), fix)) from error
-    logging.disable_progress_bar()
-
-
-def check_model_directory(directory: str | Path) -> Path:
-    """The path, if it is a Hugging Face model directory. Raises: ValueError."""
-    path = Path(directory)
-    if not (path / "config.json").is_file():
-        got = f"{str(path)!r}, " + ("a directory without one" if path.is_dir() else "not a directory")
-        fix = "Give the directory that save_pretrained wrote."
-        raise ValueError(message("marlin", "the model must be a directory with config.json", got, fix))
-    return path
-
-
-def load_model(directory: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer) of a dense or compressed model directory, ready for inference. Raises: ValueError, OSError."""
-    path = check_model_directory(directory)
-    quiet_transformers()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import marlin  # noqa: F401  (registers the quantizer with transformers)
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": str(device)})
-    return model.eval(), tokenizer
-
-
 def read_text(path: Path) -> str:
     """UTF-8 text of a file, or of all *.txt files of a directory in name order. Raises: ValueError, OSError."""
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
@@ -191,24 +156,3 @@ def read_text(path: Path) -> str:
         return "\n".join(file.read_text(encoding="utf-8") for file in files)
     except UnicodeDecodeError as error:
         raise ValueError(message("marlin", f"{path} must be UTF-8 text", str(error))) from error
-
-
-def tokenize(tokenizer: Any, text: str) -> torch.Tensor:
-    """Token ids of a long text, int64 [T], without special tokens."""
-    import torch
-
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def path_that_runs(model: Any) -> str:
-    """Which implementation computes the compressed layers of a loaded model, in words."""
-    from marlin.nn import sparse_linears
-
-    layers = [layer for _, layer in sparse_linears(model)]
-    if not layers:
-        return "dense layers (torch)"
-    kinds = sorted({layer.kind for layer in layers})
-    if any(layer.codes.device.type == "cuda" for layer in layers):
-        return "GPU kernel " + ", ".join(f"sm80_{kind}" for kind in kinds)
-    return "CPU reference, float32 (" + ", ".join(kinds) + ")"

@@ -11,17 +11,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from marlin.cli.common import (
-    check_model_directory,
     choose_device,
     choose_dtype,
     counter,
-    load_model,
     note,
     out,
     print_json,
     progress_bar,
     read_text,
-    tokenize,
 )
 from marlin.errors import message
 
@@ -127,7 +124,9 @@ def compress(
       marlin compress MODEL OUT -r int4 -g 64 --samples 64 --resume-dir /tmp/resume
       marlin compress MODEL OUT -r recipe.json --device cuda --json
     """
-    check_model_directory(model)
+    from marlin.demo import models
+
+    models.check_model_directory(model)
     chosen_recipe = read_recipe(recipe, group_size, method)
     _check_packable(chosen_recipe)
     name, text = _calibration_text(calibration)
@@ -140,8 +139,8 @@ def compress(
     check_replaceable(output, False, is_directory_of_ours)
     chosen, saved = choose_device(device), _saved_dtype(dtype, model)
     # Why on the CPU: compress moves one block at a time to the device.
-    loaded, tokenizer = load_model(model, choose_device("cpu"), choose_dtype("float32", chosen))
-    windows = calibration_windows(tokenize(tokenizer, text), samples, length, seed)
+    loaded, tokenizer = models.load_model(model, choose_device("cpu"), choose_dtype("float32", chosen))
+    windows = calibration_windows(api.tokenize(text, tokenizer), samples, length, seed)
     with progress_bar(not as_json) as display:
         show = counter(display, "compressing blocks")
         options = Options(

@@ -8,18 +8,14 @@ from pathlib import Path
 import typer
 
 from marlin.cli.common import (
-    check_model_directory,
     choose_device,
     choose_dtype,
     counter,
-    load_model,
     note,
     out,
-    path_that_runs,
     print_json,
     progress_bar,
     read_text,
-    tokenize,
 )
 from marlin.errors import message
 
@@ -55,15 +51,17 @@ def evaluate(
       marlin eval demo-out/mixed
       marlin eval OUT --text held-out.txt --limit 0 --json
     """
-    check_model_directory(directory)
-    name, content = _text(text)
+    from marlin import api
+    from marlin.demo import models
     from marlin.evaluate import perplexity
 
+    models.check_model_directory(directory)
+    name, content = _text(text)
     chosen = choose_device(device)
     precision = choose_dtype(dtype, chosen)
-    model, tokenizer = load_model(directory, chosen, precision)
-    ids = tokenize(tokenizer, content)
-    path = path_that_runs(model)
+    model, tokenizer = models.load_model(directory, chosen, precision)
+    ids = api.tokenize(content, tokenizer)
+    path = models.path_that_runs(model)
     if not as_json:
         note(f"path: {path}")
     started = time.perf_counter()

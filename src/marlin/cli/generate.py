@@ -5,118 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import typer
 
-from marlin.cli.common import (
-    choose_device,
-    choose_dtype,
-    load_model,
-    note,
-    path_that_runs,
-    print_json,
-)
-from marlin.errors import message, require
-
-if TYPE_CHECKING:
-    import torch
-
-
-class Streamer:
-    """The `streamer` of transformers' generate: writes text as tokens arrive, counts them and their time."""
-
-    def __init__(self, tokenizer: Any, write: Any) -> None:
-        self.tokenizer, self.write = tokenizer, write
-        self.ids: list[int] = []
-        self.times: list[float] = []
-        self.text = ""
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:  # transformers puts the prompt first
-            self._prompt_seen = True
-            return
-        self.ids += value.flatten().tolist()
-        self.times.append(time.perf_counter())
-        self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True), final=False)
-
-    def _show(self, text: str, final: bool) -> None:
-        # Why: a character of several tokens decodes to U+FFFD until its last token is there.
-        stable = text if final else text.rstrip("\ufffd")
-        if len(stable) > len(self.text) and stable.startswith(self.text):
-            self.write(stable[len(self.text) :])
-            self.text = stable
-
-    def end(self) -> None:
-        self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True), final=True)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Of decoding: without the prompt and the first token; None for fewer than two tokens."""
-        if len(self.times) < 2 or self.times[-1] == self.times[0]:
-            return None
-        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
-
-
-def encode_prompt(
-    tokenizer: Any, prompt: str, chat: bool | None, system: str | None = None
-) -> tuple[torch.Tensor, bool]:
-    """(ids int64 [1, T], whether the chat template was used). chat None: used when the tokenizer has one.
-
-    Raises: ValueError (chat asked for without a template, system without chat, empty prompt).
-    """
-    import torch
-
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat and not has_template:
-        fix = "Use --no-chat."
-        raise ValueError(message("generate", "--chat needs a tokenizer with a chat template", "one without", fix))
-    use_chat = has_template if chat is None else chat
-    if system and not use_chat:
-        raise ValueError(message("generate", "--system needs a chat template", "plain text generation"))
-    if use_chat:
-        turns = [{"role": "system", "content": system}] if system else []
-        turns.append({"role": "user", "content": prompt})
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(prompt)["input_ids"]
-    require(len(ids) > 0, "generate", "the prompt must have at least one token", repr(prompt))
-    return torch.tensor([ids], dtype=torch.int64), use_chat
-
-
-def run_generation(
-    model: Any,
-    tokenizer: Any,
-    ids: torch.Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    write: Any = None,
-) -> Streamer:
-    """Generate from ids [1, T] and return the finished streamer; temperature 0 is greedy."""
-    import torch
-
-    torch.manual_seed(seed)
-    streamer = Streamer(tokenizer, write or (lambda text: None))
-    ids = ids.to(model.device)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.inference_mode():
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            streamer=streamer,
-            **sampling,
-        )
-    return streamer
+from marlin.cli.common import choose_device, choose_dtype, note, print_json
 
 
 def _write(text: str) -> None:
@@ -146,15 +38,18 @@ def generate(
       marlin generate demo-out/mixed "Why is the sky blue?"
       marlin generate OUT "Once upon a time" --no-chat -n 64 -t 0.7 --top-p 0.9
     """
+    from marlin.demo import models
+
+    models.check_model_directory(directory)
     chosen = choose_device(device)
-    model, tokenizer = load_model(directory, chosen, choose_dtype(dtype, chosen))
+    model, tokenizer = models.load_model(directory, chosen, choose_dtype(dtype, chosen))
     text = sys.stdin.read() if prompt == "-" else prompt
-    ids, used_chat = encode_prompt(tokenizer, text, chat, system)
-    path = path_that_runs(model)
+    ids, used_chat = models.encode_prompt(tokenizer, text, chat, system)
+    path = models.path_that_runs(model)
     if not as_json:
         note(f"path: {path}")
     started = time.perf_counter()
-    streamer = run_generation(
+    streamer = models.generate(
         model,
         tokenizer,
         ids,
@@ -162,7 +57,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        write=None if as_json else _write,
+        write=(lambda _: None) if as_json else _write,
     )
     rate = streamer.tokens_per_second
     if as_json:

@@ -1,8 +1,8 @@
 """The decoder blocks of a causal language model: where they are, what they are called with, how one is run.
 
-Owns: finding the blocks, recording the calls that reach them (position embeddings, attention masks and so on differ from
-block to block in some models), running one block, and summing the inputs of its linear layers. Knows nothing of recipes,
-masks or codes.
+Owns: finding the blocks, recording the calls that reach them (position embeddings, attention masks and so on differ
+from block to block in some models), running one block, and summing the inputs of its linear layers. Knows nothing of
+recipes, masks or codes.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ class BlockRunner:
         """The block's output for hidden [b, T, d], on hidden's device and in its dtype."""
         enabled = self.autocast is not None
         with torch.no_grad(), torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled):
-            out = self.block(hidden.to(self.device), *to_device(call.args, self.device), **to_device(call.kwargs, self.device))
+            args, kwargs = to_device(call.args, self.device), to_device(call.kwargs, self.device)
+            out = self.block(hidden.to(self.device), *args, **kwargs)
         return (out[0] if isinstance(out, tuple) else out).to(hidden)
 
 

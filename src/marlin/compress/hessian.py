@@ -91,7 +91,7 @@ def factor(hessian: torch.Tensor, damping: float, name: str = "layer") -> Factor
     Raises: ValueError (not finite, or no damping up to 1 helps: never a silent fall-back to the identity).
     """
     op = f"factor of {name}"
-    require(bool(hessian.isfinite().all()), op, "the Hessian must be finite", "NaN or infinity", "Check the calibration.")
+    require(bool(hessian.isfinite().all()), op, "the Hessian must be finite", "NaN or infinity")
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     hessian = hessian.clone()

@@ -56,7 +56,10 @@ class LayerRecipe:
             repr(self.method),
         )
         require(
-            self.group_size in GROUP_SIZES, op, f"group_size must be one of {GROUP_SIZES}", f"group_size={self.group_size}"
+            self.group_size in GROUP_SIZES,
+            op,
+            f"group_size must be one of {GROUP_SIZES}",
+            f"group_size={self.group_size}",
         )
         require(0 <= self.damping <= 1, op, "damping must lie in 0..1", f"damping={self.damping}")
         require(self.search_steps >= 0, op, "search_steps must be at least 0", f"search_steps={self.search_steps}")
@@ -92,9 +95,9 @@ class LayerRecipe:
 class Recipe:
     """An ordered list of rules (pattern, LayerRecipe); the first pattern that matches a module name decides.
 
-    Patterns are shell-style (`fnmatch`, case-sensitive) and match the whole name, e.g. "*.mlp.down_proj". Layers that no
-    rule names get `default`, except heads, embeddings and routers (`SKIPPED`), which are left alone unless a rule
-    names them.
+    Patterns are shell-style (`fnmatch`, case-sensitive) and match the whole name, e.g. "*.mlp.down_proj". Layers that
+    no rule names get `default`, except heads, embeddings and routers (`SKIPPED`), which are left alone unless a rule
+    names them. Only linear layers inside the decoder blocks are compressed.
     """
 
     rules: tuple[tuple[str, LayerRecipe], ...] = ()
@@ -134,7 +137,8 @@ class Recipe:
         parsed = []
         for index, rule in enumerate(rules):
             where = f"rules[{index}]"
-            require(isinstance(rule, dict) and isinstance(rule.get("pattern"), str), op, f"{where} must have a pattern", repr(rule))
+            named = isinstance(rule, dict) and isinstance(rule.get("pattern"), str)
+            require(named, op, f"{where} must have a pattern", repr(rule))
             parsed.append((rule["pattern"], _layer(op, where, {k: v for k, v in rule.items() if k != "pattern"})))
         return cls(tuple(parsed), _layer(op, "default", data.get("default", {})))
 

@@ -52,7 +52,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Event:
-    """Progress: `done` of `total` blocks are finished; `stage` is "capture", "block" or "resumed"; layers: of the block."""
+    """Progress: `done` of `total` blocks are finished. stage: "capture", "block" or "resumed"; layers: of the block."""
 
     stage: str
     done: int

@@ -205,9 +205,7 @@ def sweep(weight: torch.Tensor, factor: Factor, recipe: LayerRecipe, group_size:
     return Solution(codes.float() * expand_scales(scales, k), mask, codes, scales.half(), group_size)
 
 
-def round_to_nearest(
-    weight: torch.Tensor, mask: torch.Tensor | None, group_size: int, search_steps: int
-) -> Solution:
+def round_to_nearest(weight: torch.Tensor, mask: torch.Tensor | None, group_size: int, search_steps: int) -> Solution:
     """Round weight [N, K] to codes with a clip search on the kept entries, without moving errors."""
     n, k = weight.shape
     kept = weight.float() if mask is None else weight.float() * mask

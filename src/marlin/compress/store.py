@@ -37,8 +37,10 @@ class BlockResult:
     report: list[LayerReport]
 
 
-def fingerprint(model: nn.Module, calibration: torch.Tensor, recipe_json: str, options: dict[str, Any]) -> dict[str, str]:
-    """Hashes of what a result depends on. Of each parameter the shape, dtype and up to 4096 evenly spaced values count."""
+def fingerprint(
+    model: nn.Module, calibration: torch.Tensor, recipe_json: str, options: dict[str, Any]
+) -> dict[str, str]:
+    """Hashes of what a result depends on; of each parameter shape, dtype and up to 4096 evenly spaced values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()

@@ -40,8 +40,8 @@ class Options:
     device: where blocks and Hessians live while they are worked on.
     seed: seeds torch's generator, for models whose blocks draw random numbers.
     batch: calibration rows in one forward pass of a block.
-    autocast: dtype of the forward passes' matrix products: "auto" (bfloat16 for float32 models where the device has it),
-    "bfloat16", or "none".
+    autocast: dtype of the forward passes' matrix products: "auto" (bfloat16 for float32 models where the device has
+    it), "bfloat16", or "none".
     resume_dir: where finished blocks are kept, and taken from; None keeps nothing.
     progress: called with an `Event` after the capture and after each block.
     """
@@ -106,9 +106,7 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, LayerRecipe]:
     for name, layer in plan.items():
         if layer.kind != "skip":
             layer.group_size_for(name, layers[name].out_features, layers[name].in_features)
-    require(
-        any(layer.kind != "skip" for layer in plan.values()), OP, "the recipe must compress a layer", "only 'skip'"
-    )
+    require(any(layer.kind != "skip" for layer in plan.values()), OP, "the recipe must compress a layer", "only 'skip'")
     return plan
 
 
@@ -131,7 +129,8 @@ def compress_model(
     autocast = options.autocast_dtype(model)
     store = None
     if options.resume_dir is not None:
-        numeric = {"autocast": str(autocast), "batch": options.batch, "device": str(options.device), "seed": options.seed}
+        numeric = {"autocast": str(autocast), "batch": options.batch, "device": str(options.device)}
+        numeric["seed"] = options.seed
         store = Store(options.resume_dir, fingerprint(model, calibration, recipe.to_json(), numeric))
     was_training = model.training
     model.eval()
@@ -253,7 +252,7 @@ def _solve_stacked(
             factors[recipe.damping] = factor(hessian, recipe.damping, first)
         used = factors[recipe.damping]
         if used.damping != recipe.damping:
-            notes.append(f"damping {used.damping:g} instead of {recipe.damping:g}: the Hessian was not positive definite")
+            notes.append(f"damping {used.damping:g} instead of {recipe.damping:g}: Hessian not positive definite")
     solution = solve(weight, recipe, group_size, hessian, used)
     seconds = time.perf_counter() - started
     _keep(layers, weight, solution, recipe, hessian, result)

@@ -56,7 +56,7 @@ def check_replaceable(target: Path, overwrite: bool, is_ours: Callable[[Path], b
         message(
             op,
             "an existing directory must be empty or a previous save",
-            f"{len(list(target.iterdir()))} other entries",
+            f"other content ({len(list(target.iterdir()))} entries)",
             "Choose another path, or pass overwrite=True to replace it with everything in it.",
         )
     )

@@ -354,8 +354,13 @@ class DirectorySummary:
         return 8 * self.quantized_bytes / weights if weights else 0.0
 
 
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10; config.json is in the order of characters."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
 def _summaries(checkpoint: Checkpoint) -> Iterator[LayerSummary]:
-    for name, spec in checkpoint.layers.items():
+    for name, spec in sorted(checkpoint.layers.items(), key=lambda item: _natural(item[0])):
         nbytes = sum(checkpoint.tensors[f"{name}.{leaf}"].nbytes for leaf in spec.tensor_shapes())
         yield LayerSummary(name, spec, nbytes, checkpoint)
 

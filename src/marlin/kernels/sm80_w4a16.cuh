@@ -43,12 +43,11 @@ struct Tile {
     static constexpr int kFragsN = BLOCK_N / WARPS_N / 16, kFragsM = BLOCK_M / WARPS_M / 8;
     static constexpr int kOwnFragsN = kFragsN / WARPS_K;  // fragments that a warp finishes
 
-    // Of 255 registers, sums take 128: what is cheap to compute again is not kept through the main loop.
-    static constexpr bool kLarge = kFragsN * kFragsM > 16;
+    // Where sums take most registers, what is cheap to compute again is not kept through the main loop.
+    static constexpr bool kLarge = kFragsN * kFragsM >= 16;
 
     static constexpr int kTilesN = BLOCK_N / 64, kTilesK = BLOCK_K / 64;
     static constexpr int kCodeWords = kSparse ? 2 : 4;  // per thread and tile of 64 x 64
-    static constexpr int kTileGroups = kGroupSize == 32 ? 2 : 1;  // scales per row of a tile of 64 columns
     static constexpr int kChunkGroups = !kGrouped ? 0 : kGroupSize >= BLOCK_K ? 1 : BLOCK_K / kGroupSize;
 
     static constexpr int kActRowBytes = BLOCK_K * 2, kActBytes = BLOCK_M * kActRowBytes;
@@ -74,8 +73,8 @@ struct Tile {
 template <class T>
 struct Thread {
     int tid, lane, warp_m, warp_n, warp_k;
-    __device__ __forceinline__ Thread() {
-        tid = thread_index();
+    __device__ __forceinline__ explicit Thread(int index) {
+        tid = index;
         lane = tid % 32;
         const int warp = tid / 32;
         warp_m = warp % T::WARPS_M;
@@ -145,7 +144,7 @@ __device__ __forceinline__ void add(float (&sum)[4], float4 part, bool first) {
 // The weights of one 64 x 64 tile column of a warp: packed words as they lie in shared memory.
 template <class T>
 struct PackedTile {
-    u32 codes[T::kFragsN][T::kCodeWords], meta[T::kFragsN][1], scales[T::kFragsN][T::kTileGroups];
+    u32 codes[T::kFragsN][T::kCodeWords], meta[T::kFragsN][1], scales[T::kFragsN][1];
 
     __device__ __forceinline__ void load(u32 stage, const Thread<T>& th, int tile_k) {
 #pragma unroll
@@ -156,24 +155,24 @@ struct PackedTile {
             if constexpr (T::kSparse) {
                 load_smem(meta[f], stage + T::kMetaOffset + tile * T::kTileMetaBytes + thread * 4);
             }
-            if constexpr (T::kGrouped) {
-#pragma unroll
-                for (int g = 0; g < T::kTileGroups; ++g) {
-                    const int group = (tile_k * 64 / T::kGroupSize + g) % T::kChunkGroups;
-                    u32 word[1];
-                    load_smem(word, stage + T::kScaleOffset + (frag / 4 * T::kChunkGroups + group) * 128 +
-                                        (frag % 4 * 8 + th.lane / 4) * 4);
-                    scales[f][g] = word[0];
-                }
-            }
         }
     }
 
-    // The A fragments of k-step `step`.
-    __device__ __forceinline__ void dequantize_step(u32 (&a)[T::kFragsN][4], int step) const {
+    // The A fragments of k-step `step`; fetches the scales where a group begins.
+    __device__ __forceinline__ void dequantize_step(u32 (&a)[T::kFragsN][4], u32 stage, const Thread<T>& th, int tile_k,
+                                                    int step) {
+        constexpr int kColumns = 64 / T::kCodeWords;
 #pragma unroll
         for (int f = 0; f < T::kFragsN; ++f) {
-            dequantize<T::kBf16, T::kGrouped>(a[f], codes[f][step], scales[f][step * T::kTileGroups / T::kCodeWords]);
+            if constexpr (T::kGrouped) {
+                const int frag = th.warp_n * T::kFragsN + f;
+                const int group = (tile_k * 64 + step * kColumns) / T::kGroupSize % T::kChunkGroups;
+                if (step * kColumns % min(T::kGroupSize, 64) == 0) {
+                    load_smem(scales[f], stage + T::kScaleOffset + (frag / 4 * T::kChunkGroups + group) * 128 +
+                                             (frag % 4 * 8 + th.lane / 4) * 4);
+                }
+            }
+            dequantize<T::kBf16, T::kGrouped>(a[f], codes[f][step], scales[f][0]);
         }
     }
 };
@@ -226,7 +225,7 @@ __device__ __forceinline__ void multiply_chunk(Sums<T>& acc, u32 stage, const Th
 #pragma unroll
         for (int step = 0; step < T::kCodeWords; ++step) {
             u32 a[T::kFragsN][4];
-            tile.dequantize_step(a, step);
+            tile.dequantize_step(a, stage, th, tile_k, step);
             multiply_step<T>(acc, a, tile.meta, act + tile_k * 128, step, th.lane);
         }
     }
@@ -370,16 +369,17 @@ __device__ __forceinline__ void store_tile(Sums<T>& acc, const Args& args, const
 
 template <class T>
 __device__ __forceinline__ void w4a16_kernel(const Args& args, char* smem_base) {
-    const Thread<T> th;
+    const Thread<T> th(thread_index());
     const u32 smem = smem_address(smem_base);
     const Schedule& s = args.schedule;
     const int num_chunks = s.num_local_chunks();
     Segment load{};
     int loaded = 0;
+    auto thread = [&] { return T::kLarge ? Thread<T>(opaque(th.tid)) : th; };
     auto load_next = [&](int buffer) {
         if (loaded < num_chunks) {
             if (load.chunk == load.chunk_end) load.seek(s, loaded);
-            load_stage<T>(args, load, smem + buffer * T::kStageBytes, T::kLarge ? opaque(th.tid) : th.tid);
+            load_stage<T>(args, load, smem + buffer * T::kStageBytes, thread().tid);
             ++load.chunk;
             ++loaded;
         }
@@ -398,7 +398,7 @@ __device__ __forceinline__ void w4a16_kernel(const Args& args, char* smem_base) 
             cp_async_wait<T::STAGES - 2>();
             __syncthreads();
             load_next(buffer == 0 ? T::STAGES - 1 : buffer - 1);  // into the buffer that the last chunk freed
-            multiply_chunk<T>(acc, smem + buffer * T::kStageBytes, th);
+            multiply_chunk<T>(acc, smem + buffer * T::kStageBytes, thread());
             buffer = buffer + 1 == T::STAGES ? 0 : buffer + 1;
         }
         reduce_warps<T>(acc, reinterpret_cast<float4*>(smem_base + T::STAGES * T::kStageBytes), th);

@@ -99,6 +99,15 @@ def _raw_stream(index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(index)
 
 
+def _capture_id(stream: int) -> int:
+    """Number of the capture that the current stream is part of, 0 for none."""
+    if not torch.cuda.is_current_stream_capturing():
+        return 0
+    from marlin.runtime.driver import current_capture_id
+
+    return current_capture_id(stream)
+
+
 def _launch(op: str, call: _Call, act: Tensor, operands: Operands, out: Tensor) -> None:
     """Put every piece on the current stream of the current device, act's."""
     codes, meta, scales, bias = operands
@@ -112,7 +121,8 @@ def _launch(op: str, call: _Call, act: Tensor, operands: Operands, out: Tensor) 
         "bias": 0 if bias is None else bias.data_ptr(),
     }
     if (pointers["codes"] | pointers["meta"] | pointers["scales"]) % 16:
-        raise ValueError(message(op, "packed tensors must start on 16 bytes", f"addresses {pointers}", "Clone them."))
+        got = ", ".join(f"{name} at {pointers[name]:#x}" for name in ("codes", "meta", "scales"))
+        raise ValueError(message(op, "packed tensors must start on 16 bytes", got, "Clone them."))
     act_ptr, out_ptr, out_row_bytes = act.data_ptr(), out.data_ptr(), 2 * call.out_shape[-1]
     stream = _raw_stream(act.get_device())
     pointers.update(lda=lda, stream=stream, workspace=0, tickets=0)
@@ -122,7 +132,7 @@ def _launch(op: str, call: _Call, act: Tensor, operands: Operands, out: Tensor) 
         if not plan.num_tickets:
             call.launch(plan, **pointers)
             continue
-        memory = split_k_memory(act.device, stream)
+        memory = split_k_memory(act.device, stream, _capture_id(stream))
         with memory.lock:
             parts, tickets = memory.reserve(plan.workspace_bytes, plan.num_tickets)
             pointers.update(workspace=parts.data_ptr(), tickets=tickets.data_ptr())

@@ -19,13 +19,12 @@ _MIN_TICKETS = 1 << 10
 _MAX_CAPTURES = 256
 
 
-def _allocate(num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _allocate(num_elements: int, dtype: torch.dtype, device: torch.device, capturing: bool = False) -> Tensor:
     """Memory that outlives the call, from torch's ordinary pool whatever mode or pool the caller is in.
 
     Why a thread: the pools of graph captures, of `torch.compile(mode="reduce-overhead")` and of
     `torch.cuda.use_mem_pool`, and inference mode, belong to a thread or a stream, and kept memory must not be theirs.
     """
-    capturing = torch.cuda.is_current_stream_capturing()
 
     def work() -> Tensor:
         if device.type != "cuda":
@@ -52,12 +51,12 @@ class _TicketArena:
         self._lock = threading.Lock()
         self._free = torch.empty(0, dtype=torch.int32)
 
-    def slot(self, num_tickets: int) -> Tensor:
+    def slot(self, num_tickets: int, capturing: bool) -> Tensor:
         """At least num_tickets zeros (4 KiB for up to 1024), zeroed on the current stream, captured or not."""
         size = 1 << (max(num_tickets, _MIN_TICKETS) - 1).bit_length()
         with self._lock:
             if self._free.numel() < size:
-                self._free = _allocate(max(size, _ARENA_TICKETS), torch.int32, self._device)
+                self._free = _allocate(max(size, _ARENA_TICKETS), torch.int32, self._device, capturing)
             slot, self._free = self._free[:size], self._free[size:]
         return slot.zero_()
 
@@ -74,7 +73,7 @@ class SplitKMemory:
     def reserve(self, num_bytes: int, num_tickets: int) -> tuple[Tensor, Tensor]:
         """(parts of at least num_bytes, at least num_tickets zero tickets); keep both until the launch is queued."""
         if num_tickets > self._num_tickets:
-            self._tickets = self._arena.slot(num_tickets)
+            self._tickets = self._arena.slot(num_tickets, self._captured)
             self._num_tickets = self._tickets.numel()
         if self._captured:
             # Why not kept: memory of a capture's pool that is still held when the capture ends looks like a leak.
@@ -93,22 +92,20 @@ _of_stream: dict[tuple[torch.device, int], SplitKMemory] = {}
 _of_capture: dict[tuple[torch.device, int, int], SplitKMemory] = {}
 
 
-def split_k_memory(device: torch.device, stream: int) -> SplitKMemory:
-    """The memory for a launch on `stream`, the current stream of `device`."""
-    if not torch.cuda.is_current_stream_capturing():
+def split_k_memory(device: torch.device, stream: int, capture: int) -> SplitKMemory:
+    """The memory for a launch on `stream`, the current stream of `device`; capture numbers its capture, 0 for none."""
+    if capture == 0:
         memory = _of_stream.get((device, stream))
         if memory is None:
             memory = _of_stream.setdefault((device, stream), SplitKMemory(_arena(device), device, captured=False))
         return memory
-    from marlin.runtime.driver import current_capture_id
-
-    key = (device, stream, current_capture_id(stream))
-    captured = _of_capture.get(key)
-    if captured is None:
+    key = (device, stream, capture)
+    memory = _of_capture.get(key)
+    if memory is None:
         if len(_of_capture) >= _MAX_CAPTURES:
             _of_capture.clear()  # Why: most are of finished captures; one under way takes a new slot.
-        captured = _of_capture.setdefault(key, SplitKMemory(_arena(device), device, captured=True))
-    return captured
+        memory = _of_capture.setdefault(key, SplitKMemory(_arena(device), device, captured=True))
+    return memory
 
 
 def _arena(device: torch.device) -> _TicketArena:

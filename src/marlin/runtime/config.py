@@ -60,7 +60,7 @@ class TileConfig:
 
 
 _CONFIGS = (
-    TileConfig(8, 64, 512, 3, 1, 1, 4, 2),
+    TileConfig(8, 64, 512, 4, 1, 1, 4, 2),
     TileConfig(16, 64, 256, 4, 1, 1, 4, 4),
     TileConfig(16, 128, 256, 6, 1, 2, 4, 1),
     TileConfig(32, 64, 256, 3, 1, 1, 4, 3),

@@ -128,12 +128,11 @@ def _excess(out: torch.Tensor, ref: torch.Tensor, limit: torch.Tensor, overflow:
 def _entries(
     start: int, out: torch.Tensor, ref: torch.Tensor, limit: torch.Tensor, excess: torch.Tensor
 ) -> Iterator[_Bad]:
-    flat = excess.flatten()
-    for index in flat.topk(min(_SHOWN, flat.numel())).indices.tolist():
-        row, column = divmod(index, out.shape[1])
-        if float(flat[index]) > 1:
-            at = (row, column)
-            yield _Bad(float(flat[index]), start + row, column, float(out[at]), float(ref[at]), float(limit[at]))
+    bad = (excess > 1).nonzero()
+    order = excess[bad[:, 0], bad[:, 1]].argsort(descending=True, stable=True)
+    for row, column in bad[order[:_SHOWN]].tolist():
+        at = (row, column)
+        yield _Bad(float(excess[at]), start + row, column, float(out[at]), float(ref[at]), float(limit[at]))
 
 
 def _worst(entries: list[_Bad]) -> list[_Bad]:

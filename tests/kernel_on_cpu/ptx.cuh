@@ -1,0 +1,278 @@
+// Stands in for src/marlin/kernels/ptx.cuh when the kernels are built for the host: the same wrappers, computed by the
+// semantics of the PTX ISA. A GPU thread is a fiber; an instruction that involves a whole warp, or a barrier, waits
+// until all have come. Copies of cp.async land as late as cp.async.wait_group allows, and the order of fibers is
+// random, so that a missing wait or barrier shows as a wrong number.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+using std::max;
+using std::min;
+struct float4 {
+    float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct Index {
+    int x;
+};
+
+namespace host {
+
+struct Copy {
+    uint32_t smem;
+    const void* gmem;
+    int bytes;
+};
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    int tid;
+    bool done;
+    std::vector<std::vector<Copy>> groups;  // committed
+    std::vector<Copy> open;                 // not yet
+};
+struct Group {  // of fibers that meet
+    int size, count = 0, generation = 0;
+};
+struct Warp {
+    Group group{32};
+    uint32_t in[32][16], out[32][8];
+    float sums[32][4];
+};
+
+inline ucontext_t scheduler;
+inline std::vector<Fiber> fibers;
+inline std::vector<Warp> warps;
+inline Group block;
+inline Fiber* self;
+inline char* smem;
+inline Index block_index, grid_size;
+
+inline int violations;  // of an instruction's preconditions
+
+inline void yield() { swapcontext(&self->context, &scheduler); }
+template <class F>
+void meet(Group& group, F last) {
+    const int generation = group.generation;
+    if (++group.count == group.size) {
+        last();
+        group.count = 0;
+        ++group.generation;
+    } else {
+        while (group.generation == generation) yield();
+    }
+}
+inline Warp& warp() { return warps[self->tid / 32]; }
+inline int lane() { return self->tid % 32; }
+
+inline float half_to_float(uint32_t bits, bool bf16) {
+    if (bf16) {
+        bits <<= 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        return value;
+    }
+    _Float16 value;
+    const uint16_t low = static_cast<uint16_t>(bits);
+    memcpy(&value, &low, 2);
+    return static_cast<float>(value);
+}
+inline uint32_t double_to_half(double value, bool bf16) {
+    if (!bf16) {
+        const _Float16 rounded = static_cast<_Float16>(value);
+        uint16_t bits;
+        memcpy(&bits, &rounded, 2);
+        return bits;
+    }
+    float single = static_cast<float>(value);
+    // Round to odd in fp32 first, so that the second rounding is as one.
+    uint32_t bits;
+    memcpy(&bits, &single, 4);
+    if (static_cast<double>(single) != value && std::isfinite(single)) {
+        if (std::fabs(static_cast<double>(single)) > std::fabs(value)) --bits;
+        bits |= 1;
+    }
+    if ((bits & 0x7f800000u) == 0x7f800000u) return bits >> 16;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+inline uint32_t pair_of(double low, double high, bool bf16) {
+    return double_to_half(low, bf16) | double_to_half(high, bf16) << 16;
+}
+inline float half_of(uint32_t word, int half, bool bf16) { return half_to_float(word >> (16 * half) & 0xffff, bf16); }
+
+}  // namespace host
+
+#define threadIdx (Index{host::self->tid})
+#define blockIdx host::block_index
+#define gridDim host::grid_size
+inline void __syncthreads() { host::meet(host::block, [] {}); }
+inline void __syncwarp() { host::meet(host::warp().group, [] {}); }
+
+namespace marlin {
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+inline int thread_index() { return host::self->tid; }
+inline int opaque(int value) { return value; }
+inline u32 smem_address(const void* pointer) { return static_cast<u32>(static_cast<const char*>(pointer) - host::smem); }
+inline void cp_async_16(u32 smem, const void* gmem, int source_bytes = 16) {
+    host::self->open.push_back({smem, gmem, source_bytes});
+}
+inline void cp_async_commit() {
+    host::self->groups.push_back(std::move(host::self->open));
+    host::self->open.clear();
+}
+template <int kPending>
+void cp_async_wait() {
+    auto& groups = host::self->groups;
+    while (static_cast<int>(groups.size()) > kPending) {
+        for (const auto& copy : groups.front()) {
+            memset(host::smem + copy.smem, 0, 16);
+            memcpy(host::smem + copy.smem, copy.gmem, copy.bytes);
+        }
+        groups.erase(groups.begin());
+    }
+}
+template <int kWords>
+void load_smem(u32 (&word)[kWords], u32 smem) {
+    host::violations += smem % (4 * kWords) != 0;
+    memcpy(word, host::smem + smem, 4 * kWords);
+}
+inline void store_smem(u32 smem, u32 word) { memcpy(host::smem + smem, &word, 4); }
+inline void store_gmem(void* gmem, const u32 (&word)[4]) {
+    host::violations += reinterpret_cast<uintptr_t>(gmem) % 16 != 0;
+    memcpy(gmem, word, 16);
+}
+inline void ldmatrix_x4(u32 (&frag)[4], u32 smem) {
+    host::Warp& w = host::warp();
+    host::violations += smem % 16 != 0;
+    w.in[host::lane()][0] = smem;
+    host::meet(w.group, [&] {
+        for (int lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < 4; ++i)
+                memcpy(&w.out[lane][i], host::smem + w.in[8 * i + lane / 4][0] + lane % 4 * 4, 4);
+    });
+    memcpy(frag, w.out[host::lane()], 16);
+}
+inline u32 movmatrix_trans(u32 frag) {
+    host::Warp& w = host::warp();
+    w.in[host::lane()][0] = frag;
+    host::meet(w.group, [&] {
+        for (int lane = 0; lane < 32; ++lane) {
+            u32 word = 0;
+            for (int half = 0; half < 2; ++half) {
+                const int row = lane % 4 * 2 + half, column = lane / 4;  // of the source
+                word |= (w.in[row * 4 + column / 2][0] >> (16 * (column % 2)) & 0xffff) << (16 * half);
+            }
+            w.out[lane][0] = word;
+        }
+    });
+    return w.out[host::lane()][0];
+}
+template <u32 kMask, u32 kBits>
+u32 and_or(u32 word) {
+    return (word & kMask) | kBits;
+}
+template <u32 kSelector>
+u32 permute_bytes(u32 word) {
+    u32 result = 0;
+    for (int i = 0; i < 4; ++i) result |= (word >> (8 * (kSelector >> (4 * i) & 3)) & 0xff) << (8 * i);
+    return result;
+}
+template <bool kBf16>
+u32 fma_pair(u32 a, u32 b, u32 c) {
+    double value[2];
+    for (int i = 0; i < 2; ++i) {
+        value[i] = static_cast<double>(host::half_of(a, i, kBf16)) * host::half_of(b, i, kBf16) +
+                   host::half_of(c, i, kBf16);
+    }
+    return host::pair_of(value[0], value[1], kBf16);
+}
+inline u32 add_f16_pair(u32 a, u32 b) { return fma_pair<false>(a, 0x3c003c00u, b); }
+inline u32 mul_f16_pair(u32 a, u32 b) { return fma_pair<false>(a, b, 0x80008000u); }
+template <bool kBf16>
+u32 to_pair(float low, float high) {
+    return host::pair_of(low, high, kBf16);
+}
+template <bool kBf16>
+float to_float(u32 bits) {
+    return host::half_to_float(bits & 0xffff, kBf16);
+}
+
+// Operands of one thread of a warp's product, and the sums that come back.
+inline void warp_product(float (&d)[4], const u32 (&operands)[16], void (*compute)(host::Warp&)) {
+    host::Warp& w = host::warp();
+    const int lane = host::lane();
+    memcpy(w.in[lane], operands, sizeof(operands));
+    memcpy(w.sums[lane], d, sizeof(d));
+    host::meet(w.group, [&] { compute(w); });
+    memcpy(d, w.sums[lane], sizeof(d));
+}
+template <bool kBf16, int kSelector>
+void compute_sparse(host::Warp& w) {
+    for (int row = 0; row < 16; ++row) {
+        const int g = row % 8, hi = row / 8;
+        double dense[32] = {};
+        for (int j = 0; j < 8; ++j) {
+            const u32 meta = w.in[4 * g + 2 * kSelector + j / 4][8] >> (4 * (j % 4) + 16 * hi) & 15;
+            const int i0 = meta & 3, i1 = meta >> 2;
+            host::violations += i0 >= i1;  // undefined with ordered metadata
+            const u32 word = w.in[4 * g + j % 4][2 * (j / 4) + hi];
+            dense[4 * j + i0] = host::half_of(word, 0, kBf16);
+            dense[4 * j + i1] = host::half_of(word, 1, kBf16);
+        }
+        for (int n = 0; n < 8; ++n) {
+            float& sum = w.sums[4 * g + n / 2][2 * hi + n % 2];
+            double total = sum;
+            for (int k = 0; k < 32; ++k) {
+                total += dense[k] * host::half_of(w.in[4 * n + k % 8 / 2][4 + k / 8], k % 2, kBf16);
+            }
+            sum = static_cast<float>(total);
+        }
+    }
+}
+template <bool kBf16>
+void compute_dense(host::Warp& w) {
+    for (int row = 0; row < 16; ++row) {
+        for (int n = 0; n < 8; ++n) {
+            const int g = row % 8, hi = row / 8;
+            float& sum = w.sums[4 * g + n / 2][2 * hi + n % 2];
+            double total = sum;
+            for (int k = 0; k < 16; ++k) {
+                const float a = host::half_of(w.in[4 * g + k % 8 / 2][2 * (k / 8) + hi], k % 2, kBf16);
+                total += static_cast<double>(a) * host::half_of(w.in[4 * n + k % 8 / 2][4 + k / 8], k % 2, kBf16);
+            }
+            sum = static_cast<float>(total);
+        }
+    }
+}
+template <bool kBf16, int kSelector>
+void mma_sp_m16n8k32(float (&d)[4], const u32 (&a)[4], const u32 (&b)[4], u32 meta) {
+    const u32 operands[16] = {a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], meta};
+    warp_product(d, operands, compute_sparse<kBf16, kSelector>);
+}
+template <bool kBf16>
+void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    const u32 operands[16] = {a[0], a[1], a[2], a[3], b0, b1};
+    warp_product(d, operands, compute_dense<kBf16>);
+}
+inline int atomic_add_acq_rel(int* counter, int value) {
+    const int old = *counter;
+    *counter += value;
+    return old;
+}
+inline float4 load_l2(const float4* gmem) { return *gmem; }
+
+}  // namespace marlin

@@ -1,0 +1,240 @@
+"""What the CUDA implementation hands to the runtime, tried on the CPU: a launcher that sees the pointers alone."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from marlin import ops, runtime
+from marlin.formats.layouts import TILE_WORDS, PackedWeight, pack
+from marlin.ops import cuda, scratch
+from marlin.testing.cases import random_weight
+
+KINDS = ("w4a16_sp24", "w4a16_dense")
+
+
+class FakePlan(NamedTuple):
+    problem: Any
+    workspace_bytes: int
+    num_tickets: int
+
+
+def read(address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    buffer = (ctypes.c_char * (extent * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(buffer, dtype=dtype).as_strided(shape, strides)
+
+
+class FakeRuntime:
+    """Plans and launches as `marlin.runtime` does, with memory of this process for a GPU."""
+
+    def __init__(self, workspace_bytes: int = 4096, num_tickets: int = 7) -> None:
+        self.workspace_bytes, self.num_tickets = workspace_bytes, num_tickets
+        self.launches: list[dict[str, Any]] = []
+        self.plans = 0
+
+    def plan(self, problem: Any, device_index: int) -> FakePlan:
+        self.plans += 1
+        return FakePlan(problem, self.workspace_bytes, self.num_tickets)
+
+    def launch(self, plan: FakePlan, **at: Any) -> None:
+        self.launches.append({"m": plan.problem.m, **at})
+        p = plan.problem
+        dtype = getattr(torch, p.dtype)
+        tiles = (-(-p.n // 64), -(-p.k // 64))
+        groups = 1 if p.group_size == -1 else p.k // p.group_size
+        for name in ("act", "codes", "meta", "scales", "out"):
+            assert at[name] % 16 == 0
+
+        def packed(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            strides = (shape[1] * shape[2], shape[2], 1)
+            return read(at[name], shape, strides, dtype).clone()
+
+        codes, meta = TILE_WORDS[p.kind]
+        assert (at["meta"] != 0) == (meta > 0)
+        weight = PackedWeight(
+            p.kind,
+            packed("codes", (*tiles, codes), torch.int32),
+            packed("meta", (*tiles, meta), torch.int32) if meta else None,
+            packed("scales", (tiles[0], groups, 64), dtype),
+            *(p.n, p.k, p.group_size),
+        )
+        act = read(at["act"], (p.m, p.k), (at["lda"], 1), dtype)
+        bias = read(at["bias"], (p.n,), (1,), dtype) if at["bias"] else None
+        read(at["out"], (p.m, p.n), (p.n, 1), dtype).copy_(ops.cpu.linear(act, weight, bias))
+        if plan.num_tickets:
+            assert not read(at["tickets"], (plan.num_tickets,), (1,), torch.int32).any()
+        if plan.workspace_bytes:
+            read(at["workspace"], (plan.workspace_bytes // 4,), (1,), torch.float32).fill_(torch.nan)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    stand_in = FakeRuntime()
+    monkeypatch.setattr(runtime, "plan", stand_in.plan)
+    monkeypatch.setattr(runtime, "launch", stand_in.launch)
+    monkeypatch.setattr(cuda, "_raw_stream", lambda index: 5)
+    monkeypatch.setattr(cuda, "_capture_id", lambda stream: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(cuda, "_calls", {})
+    for name in ("_of_stream", "_of_capture", "_arenas"):
+        monkeypatch.setattr(scratch, name, {})
+    return stand_in
+
+
+def run(packed: PackedWeight, act: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None):
+    return cuda.linear(
+        packed.kind, act, (packed.codes, packed.meta, packed.scales, bias), packed.n, packed.group_size, out
+    )
+
+
+def make(kind: str = "w4a16_sp24") -> PackedWeight:
+    return pack(random_weight(72, 96, 32, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_launch_gets_pointers_that_give_the_product(fake, kind):
+    packed, act, bias = make(kind), torch.randn(5, 96).half(), torch.randn(72).half()
+    assert torch.equal(run(packed, act, bias), ops.linear(act, packed, bias))
+    (launch,) = fake.launches
+    assert (launch["act"], launch["codes"], launch["lda"]) == (act.data_ptr(), packed.codes.data_ptr(), 96)
+    assert (launch["bias"], launch["stream"]) == (bias.data_ptr(), 5)
+
+
+ACTS = {
+    "rows-apart": (lambda a: torch.cat([a, a], 1)[:, :96], 192),
+    "3d-rows-apart": (lambda a: torch.cat([a, a], 1).view(2, 3, 192)[..., :96], 192),
+    "transposed": (lambda a: a.T.contiguous().T, 96),
+    "odd-stride": (lambda a: torch.cat([a, a[:, :1]], 1)[:, :96], 96),
+    "misaligned": (lambda a: torch.cat([a[0, :1], a.flatten()])[1:].view(6, 96), 96),
+    "expanded": (lambda a: a[:1].expand(6, 96), 96),
+    "every-second-row": (lambda a: a[::2], 192),
+}
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_launch_copies_act_only_where_kernels_cannot_read_it(fake, name):
+    change, lda = ACTS[name]
+    packed, act = make(), change(torch.randn(6, 96).half())
+    assert torch.equal(run(packed, act), ops.linear(act, packed))
+    (launch,) = fake.launches
+    assert launch["lda"] == lda
+    assert (launch["act"] == act.data_ptr()) == (lda == 192)
+
+
+def test_launch_splits_many_rows(fake, monkeypatch):
+    monkeypatch.setattr("marlin.runtime.config.MAX_M", 4)
+    packed = make()
+    for act in (torch.randn(10, 96).half(), torch.randn(10, 192).half()[:, :96]):
+        assert torch.equal(run(packed, act), ops.linear(act, packed))
+    assert [launch["m"] for launch in fake.launches] == [4, 4, 2, 4, 4, 2]
+
+
+@pytest.mark.parametrize("shape", [(0, 96), (2, 0, 96)])
+def test_nothing_is_launched_for_no_rows(fake, shape):
+    assert run(make(), torch.empty(shape).half()).shape == (*shape[:-1], 72)
+    assert not fake.launches
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+def test_launch_writes_a_given_output(fake, offset):
+    packed, act = make(), torch.randn(5, 96).half()
+    whole = torch.full((5 * 72 + offset,), torch.nan, dtype=torch.float16)
+    out = whole[offset:].view(5, 72)
+    assert run(packed, act, out=out) is out
+    assert torch.equal(out, ops.linear(act, packed))
+
+
+def test_launch_copies_a_misaligned_bias(fake):
+    packed, act, bias = make(), torch.randn(5, 96).half(), torch.randn(73).half()[1:]
+    assert torch.equal(run(packed, act, bias), ops.linear(act, packed, bias))
+
+
+def test_checks_and_plans_are_remembered_per_signature(fake, monkeypatch):
+    packed, other = make(), pack(random_weight(72, 96, 32, seed=1))
+    for act, weight in ((torch.randn(5, 96), packed), (torch.randn(5, 96), other), (torch.randn(6, 96), packed)):
+        run(weight, act.half())
+    assert (fake.plans, len(fake.launches)) == (2, 3)
+    monkeypatch.setattr(cuda, "_MAX_REMEMBERED", 2)
+    run(packed, torch.randn(7, 96).half())
+    assert len(cuda._calls) == 1
+
+
+def test_remembered_signatures_do_not_excuse_other_tensors(fake):
+    packed, act = make(), torch.randn(5, 96).half()
+    run(packed, act)
+    wrong = PackedWeight(packed.kind, packed.codes[:1], packed.meta, packed.scales, 72, 96, 32)
+    with pytest.raises(ValueError, match="codes must have shape"):
+        run(wrong, act)
+    with pytest.raises(TypeError, match="act and scales must have the same dtype"):
+        run(packed, act.bfloat16())
+
+
+def test_packed_tensors_must_be_contiguous_and_aligned(fake):
+    wide = pack(random_weight(72, 192, 32))
+    with pytest.raises(ValueError) as caught:
+        run(wide.narrow_k(0, 128), torch.randn(5, 128).half())
+    assert str(caught.value) == (
+        "w4a16_sp24: codes must be contiguous on CUDA; got strides (768, 256, 1). "
+        "Call .contiguous() once, after cutting the packed weight."
+    )
+    packed = make()
+    scales = torch.cat([packed.scales.flatten()[:1], packed.scales.flatten()])[1:].view_as(packed.scales)
+    with pytest.raises(ValueError) as caught:
+        run(PackedWeight(packed.kind, packed.codes, packed.meta, scales, 72, 96, 32), torch.randn(5, 96).half())
+    assert str(caught.value) == (
+        f"w4a16_sp24: packed tensors must start on 16 bytes; got codes at {packed.codes.data_ptr():#x}, "
+        f"meta at {packed.meta.data_ptr():#x}, scales at {scales.data_ptr():#x}. Clone them."
+    )
+
+
+class TestSplitKMemory:
+    """Who shares split-K memory, and that tickets start at zero."""
+
+    cpu = torch.device("cpu")
+
+    def test_a_stream_keeps_its_memory_and_grows_it(self, fake):
+        memory = scratch.split_k_memory(self.cpu, 5, 0)
+        assert scratch.split_k_memory(self.cpu, 5, 0) is memory
+        assert scratch.split_k_memory(self.cpu, 6, 0) is not memory
+        parts, tickets = memory.reserve(5000, 3)
+        assert parts.numel() == 8192 and tickets.numel() == 1024 and not tickets.any()
+        again = memory.reserve(8192, 1024)
+        assert (again[0] is parts, again[1] is tickets) == (True, True)
+        larger = memory.reserve(8193, 1025)
+        assert larger[0].numel() == 16384 and larger[1].numel() == 2048 and not larger[1].any()
+
+    def test_a_capture_has_its_own_tickets_and_keeps_no_parts(self, fake):
+        eager = scratch.split_k_memory(self.cpu, 5, 0).reserve(64, 4)
+        first = scratch.split_k_memory(self.cpu, 5, 11)
+        parts, tickets = first.reserve(64, 4)
+        assert first.reserve(64, 4)[0] is not parts
+        assert scratch.split_k_memory(self.cpu, 5, 11) is first
+        other = scratch.split_k_memory(self.cpu, 5, 12).reserve(64, 4)
+        assert len({eager[1].data_ptr(), tickets.data_ptr(), other[1].data_ptr()}) == 3
+
+    def test_kept_memory_does_not_depend_on_inference_mode(self, fake):
+        with torch.inference_mode():
+            parts, tickets = scratch.split_k_memory(self.cpu, 5, 0).reserve(64, 4)
+        assert not parts.is_inference() and not tickets.is_inference()
+
+    def test_threads_on_one_stream_share_one_memory(self, fake):
+        packed, acts = make(), [torch.randn(3, 96).half() for _ in range(8)]
+        results: dict[int, torch.Tensor] = {}
+        threads = [threading.Thread(target=lambda i=i: results.update({i: run(packed, acts[i])})) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(results[i], ops.linear(acts[i], packed)) for i in range(8))
+        assert len(scratch._of_stream) == 1
+
+    def test_plans_without_split_k_get_none(self, fake):
+        fake.num_tickets = fake.workspace_bytes = 0
+        run(make(), torch.randn(3, 96).half())
+        assert (fake.launches[0]["workspace"], fake.launches[0]["tickets"]) == (0, 0)
+        assert not scratch._of_stream
