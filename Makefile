@@ -60,7 +60,7 @@ lint: $(VENV)/.dev
 	@$(BIN)/mypy
 
 kernels: $(VENV)/.dev
-	@$(BIN)/python -m benchmarks.kernels --archs "$$($(BIN)/python -c 'from marlin.runtime.compiler import ARCHS; print(*ARCHS, sep=",")')"
+	@$(BIN)/python -m benchmarks.kernels --archs "$$($(BIN)/python -c 'from marlin.runtime.source import ARCHS; print(*ARCHS, sep=",")')"
 
 gpu:
 	@PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu

@@ -42,10 +42,10 @@ ROOMS = {
     "runtime": Room(("errors",), ("cuda",)),
     "ops": Room(("errors", "formats", "runtime"), ("torch",)),
     "nn": Room(("errors", "formats", "ops"), ("torch",)),
-    "compat": Room(("errors", "formats", "ops", "nn"), ("torch",)),
-    "_semi_structured_conversions": Room(("errors", "formats", "ops", "nn"), ("torch",)),
+    "compat": Room(("errors", "formats", "ops"), ("torch",)),
+    "_semi_structured_conversions": Room(("errors", "formats"), ("torch",)),
     "integrations": Room(("errors",)),
-    "integrations.transformers": Room(("errors", "formats", "ops", "nn"), ("torch", "transformers", "safetensors")),
+    "integrations.transformers": Room(("errors", "formats", "nn"), ("torch", "transformers")),
     "integrations.vllm": Room(("errors", "formats", "ops", "nn"), ("torch", "vllm")),
     # The public verbs, which put rooms together.
     "api": Room(

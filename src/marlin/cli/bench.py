@@ -12,7 +12,7 @@ from marlin.cli.common import note
 from marlin.errors import UnsupportedError, message
 
 
-def _checkout() -> Path | None:
+def checkout() -> Path | None:
     """The root of the checkout that holds the benchmarks: the current directory, or the one this file is in."""
     for root in (Path.cwd(), Path(__file__).resolve().parents[3]):
         if (root / "benchmarks" / "gemm.py").is_file():
@@ -28,7 +28,7 @@ def bench(context: typer.Context) -> None:
       marlin bench
       marlin bench --help-benchmark
     """
-    root = _checkout()
+    root = checkout()
     if root is None:
         fix = "Clone the repository and run it there."
         raise UnsupportedError(message("bench", "the benchmarks live in a source checkout", "none here", fix))

@@ -49,7 +49,7 @@ def _run_case(case: Case, device: torch.device) -> str | None:
     return None
 
 
-def _self_test(device: torch.device) -> Iterator[Row]:
+def self_test(device: torch.device) -> Iterator[Row]:
     """The op on device against the float64 oracle, one row a kind and dtype."""
     import torch
 
@@ -79,11 +79,11 @@ def _checks() -> Iterator[Row]:
     optional = {"transformers"} if driver.driver_version() else {"transformers", "gpu"}
     for check in diagnose():
         yield Row(check.name, check.ok or (None if check.needed_for in optional else False), check.detail, check.fix)
-    yield from _self_test(torch.device("cpu"))
+    yield from self_test(torch.device("cpu"))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             if torch.cuda.get_device_capability(index) >= (8, 0):
-                yield from _self_test(torch.device("cuda", index))
+                yield from self_test(torch.device("cuda", index))
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:

@@ -101,10 +101,14 @@ def why_illegal(config: TileConfig, problem: Problem, device: DeviceInfo) -> str
     if reason is not None:
         return reason
     if device.arch < (8, 0):
-        return f"the GPU must have compute capability 8.0 or newer; got {device.arch[0]}.{device.arch[1]} ({device.name})."
+        return (
+            f"the GPU must have compute capability 8.0 or newer; got {device.arch[0]}.{device.arch[1]} ({device.name})."
+        )
     smem = config.smem_bytes(problem.kind, problem.group_size)
     if smem + _STATIC_SMEM_BYTES > device.smem_optin_bytes:
-        return f"{config.tag} needs {smem} bytes of shared memory a block; {device.name} gives {device.smem_optin_bytes}."
+        return (
+            f"{config.tag} needs {smem} bytes of shared memory a block; {device.name} gives {device.smem_optin_bytes}."
+        )
     if problem.group_size > config.block_k and problem.group_size % config.block_k:
         return f"{config.tag} cannot cut groups of {problem.group_size}."
     return None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import functools
 
 from marlin.runtime import cache, compiler, driver
 from marlin.runtime.plan import Plan
 from marlin.runtime.source import SIGNATURE, Variant
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def kernel(variant: Variant, arch: str, device_index: int) -> driver.Kernel:
-    """The loaded kernel of a variant on a GPU; compiled on first use. Raises: CompileError, LaunchError, UnsupportedError."""
+    """The loaded kernel of a variant on a GPU; compiled on first use.
+
+    Raises: CompileError, LaunchError, UnsupportedError.
+    """
     cubin = cache.get_cubin(variant.render(), name=variant.entry, arch=arch)
     return driver.load_kernel(
         cubin, variant.entry, device_index=device_index, smem_bytes=variant.smem_bytes, signature=SIGNATURE

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 
 from marlin.errors import require
 from marlin.runtime.config import GROUP_SIZES, TileConfig, all_configs
 from marlin.runtime.problem import DTYPES, KINDS
+
+# What `sm80_*` kernels are built for ahead of time and in CI; newer GPUs compile them on first use.
+ARCHS = ("80", "86", "89", "90", "100", "120")
 
 # Arguments of every entry point, in order: type in C, name, and the character that the launcher packs it by.
 ARGUMENTS = (
@@ -39,7 +42,7 @@ SIGNATURE = "".join(code for _, _, code in ARGUMENTS)
 _INCLUDE = re.compile(r'^#include "([a-z0-9_]+\.cuh)"\n', re.MULTILINE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def inline(header: str) -> str:
     """The text of a header of `marlin/kernels` with its own headers pasted in, each once."""
     folder, seen = resources.files("marlin") / "kernels", set[str]()
@@ -135,7 +138,8 @@ extern "C" int marlin_launch(%(parameters)s, cudaStream_t stream) {
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
-    if (m < 1 || n < 8 || n %% 8 || k < 32 || k %% 32 || act_stride < k || act_stride %% 8) return cudaErrorInvalidValue;
+    const bool legal = m >= 1 && n >= 8 && n %% 8 == 0 && k >= 32 && k %% 32 == 0 && act_stride >= k;
+    if (!legal || act_stride %% 8) return cudaErrorInvalidValue;
 %(cases)s}
 """
 _CASE = """    %(condition)s{

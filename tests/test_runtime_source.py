@@ -1,0 +1,61 @@
+"""Kernel text: variants, entry points, and the emitted file."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from marlin.runtime.source import ARGUMENTS, SIGNATURE, all_variants, emit
+
+
+def test_all_variants_have_distinct_entries() -> None:
+    entries = [variant.entry for variant in all_variants()]
+    assert len(entries) == len(set(entries)) > 0
+
+
+def test_variant_text_is_one_file_without_includes() -> None:
+    text = all_variants()[0].render()
+    assert "#include" not in text and "#pragma once" not in text
+    assert text.count('extern "C" __global__') == 1
+    # Each header once.
+    assert text.count("struct Schedule {") == text.count("cp_async_wait() {") == 1
+
+
+def test_signature_has_a_character_for_each_argument() -> None:
+    assert len(SIGNATURE) == len(ARGUMENTS)
+    assert all((code == "P") == kind.endswith("*") for kind, _, code in ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"name": "sm80"},
+            "kernels emit: NAME must be one of ('sm80_w4a16_sp24', 'sm80_w4a16_dense'); got 'sm80'.",
+        ),
+        (
+            {"name": "sm80_w4a16_sp24", "dtype": "float32"},
+            "kernels emit: dtype must be one of ('float16', 'bfloat16'); got 'float32'.",
+        ),
+        (
+            {"name": "sm80_w4a16_sp24", "group_size": 16},
+            "kernels emit: group_size must be one of (32, 64, 128, -1); got 16.",
+        ),
+    ],
+)
+def test_emit_refuses_what_it_does_not_know(arguments: dict, text: str) -> None:
+    with pytest.raises(ValueError) as error:
+        emit(**arguments)
+    assert str(error.value) == text
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_emitted_file_builds_with_nvcc_alone(tmp_path: Path) -> None:
+    source = tmp_path / "kernel.cu"
+    source.write_text(emit("sm80_w4a16_sp24", dtype="bfloat16", group_size=64))
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-c", str(source), "-o", str(tmp_path / "kernel.o")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
