@@ -46,7 +46,6 @@ ROOMS = {
     "_semi_structured_conversions": Room(("errors", "formats"), ("torch",)),
     "integrations": Room(("errors",)),
     "integrations.transformers": Room(("errors", "formats", "nn"), ("torch", "transformers")),
-    "integrations.vllm": Room(("errors", "formats", "ops", "nn"), ("torch", "vllm")),
     # The public verbs, which put rooms together.
     "api": Room(
         ("errors", "formats", "compress", "nn", "integrations.transformers"), ("torch", "safetensors", "transformers")
@@ -56,6 +55,9 @@ ROOMS = {
     "demo": Room(ANY, ("torch", "transformers", "rich")),
     "": Room(ANY),  # marlin/__init__.py, whose names are lazy
 }
+
+# Beside src/: measures what users call, and must not know how weights are compressed.
+BENCHMARKS = ("errors", "formats", "ops", "nn", "runtime", "testing")
 
 # Imported inside functions only, so that nothing pays for what it does not use. (A room of its own framework is itself
 # imported late.)
@@ -124,7 +126,11 @@ def _parse(path: Path) -> ast.Module:
 def _imports_of(path: Path) -> list[Import]:
     module = _module(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    return list(_imports(_parse(path), f"marlin.{package}".rstrip(".")))
+    return _imports_of_file(path, f"marlin.{package}".rstrip("."))
+
+
+def _imports_of_file(path: Path, package: str) -> list[Import]:
+    return list(_imports(_parse(path), package))
 
 
 def _within(module: str, rooms: tuple[str, ...]) -> bool:
@@ -185,6 +191,48 @@ def test_file_lives_in_a_room(path: Path):
 def test_file_imports_only_what_its_room_may(path: Path):
     refused = [
         f"{_relative(path)}:{found.line}: {why}" for found in _imports_of(path) if (why := _why_refused(path, found))
+    ]
+    assert not refused, "\n".join(refused)
+
+
+@pytest.mark.parametrize(
+    ("file", "target", "allowed"),
+    [
+        ("formats/int4.py", "marlin.errors.require", True),
+        ("formats/int4.py", "marlin.formats.sparsity", True),
+        ("formats/int4.py", "marlin.runtime.plan", False),
+        ("formats/int4.py", "json", True),
+        ("formats/int4.py", "triton", False),
+        ("compress/solvers.py", "marlin.formats.quantize", True),
+        ("compress/solvers.py", "marlin.formats.layouts.pack", False),
+        ("runtime/plan.py", "torch", False),
+        ("runtime/plan.py", "marlin.formats.int4", False),
+        ("nn.py", "marlin.ops.linear", True),
+        ("nn.py", "marlin.runtime.plan", False),
+        ("nn.py", "marlin.ops._register", False),
+        ("errors.py", "marlin.formats", False),
+        ("testing/emulator.py", "marlin.formats.layouts.fragment", False),
+        ("cli/doctor.py", "marlin.runtime.driver", True),
+        ("cli/doctor.py", "marlin.runtime.driver._open", False),
+    ],
+)
+def test_table_refuses_what_it_should(file: str, target: str, allowed: bool):
+    why = _why_refused(PACKAGE / file, Import(target, 1, late=False))
+    assert (why is None) is allowed, why
+
+
+def test_every_room_exists():
+    homes = {_room(_module(path)) for path in FILES} | {"kernels"}
+    assert homes == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=_relative)
+def test_benchmarks_import_only_what_users_call_and_truth(path: Path):
+    found = [(found.line, found.target.partition(".")) for found in _imports_of_file(path, "benchmarks")]
+    refused = [
+        f"{_relative(path)}:{line}: {below}"
+        for line, (top, _, below) in found
+        if top == "marlin" and _room(below) is not None and not _within(below, BENCHMARKS)
     ]
     assert not refused, "\n".join(refused)
 

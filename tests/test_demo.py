@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
+import dataclasses
 import hashlib
 import io
+import json
 import subprocess
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from marlin.demo import data, wiki
+from marlin.demo import data, flow, wiki
 
 _PROSE = "The albedo of a surface is the share of light that it reflects. " * 12
 
@@ -235,3 +240,138 @@ def test_default_folder_follows_the_environment(tmp_path: Path, monkeypatch: pyt
     assert data.default_folder() == tmp_path / "sparse-marlin" / "demo"
     monkeypatch.setenv(data.FOLDER_VARIABLE, str(tmp_path / "here"))
     assert data.default_folder() == tmp_path / "here"
+
+
+# The flow, on a tiny random model
+
+
+class _Quiet:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.text = ""
+
+    def step(self, text: str) -> None:
+        self.steps.append(text)
+
+    @contextlib.contextmanager
+    def bar(self, text: str) -> Iterator[Callable[[int, int], None]]:
+        self.steps.append(text)
+        yield lambda done, total: None
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+
+@pytest.fixture(scope="module")
+def tiny_material(tmp_path_factory: pytest.TempPathFactory) -> data.DemoData:
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny")
+    words = [f"w{i}" for i in range(60)]
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}w1"
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=64, max_position_embeddings=128)
+    transformers.LlamaForCausalLM(config).half().save_pretrained(folder)
+    text = " ".join(words[(i * i + i // 7) % 60] for i in range(1500))
+    return data.DemoData(folder, text, text[300:], text[600:])
+
+
+def _settings(**changes: object) -> flow.Settings:
+    small = flow.Settings(windows=2, samples=3, window=64, group_size=32, probe=(2, 32), max_new_tokens=4)
+    return dataclasses.replace(small, **changes)  # type: ignore[arg-type]
+
+
+def test_flow_compresses_measures_generates_and_writes_results(
+    tiny_material: data.DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "prepare", lambda *_: tiny_material)
+    reporter = _Quiet()
+    result = flow.run(tmp_path, _settings(), reporter)
+    assert [row["model"] for row in result["rows"]] == ["dense fp16", "all 2:4 INT4", "mixed"]
+    dense, sparse, mixed = result["rows"]
+    # Why above 3.5: key and value have 32 rows here, and stored tiles 64.
+    assert dense["bits_per_weight"] == 16 and sparse["bits_per_weight"] == pytest.approx(35 / 9)
+    assert sparse["layers"] == {"w4a16_sp24": 14} and sum(mixed["layers"].values()) == 14
+    assert sparse["bytes"] < dense["bytes"] and sparse["bits_per_weight"] <= mixed["bits_per_weight"] <= 5
+    assert result["ratio"] == mixed["perplexity"]["wiki"] / dense["perplexity"]["wiki"] < flow.MAX_RATIO
+    assert (dense["path"], sparse["path"]) == ("torch, dense", "CPU reference, float32: w4a16_sp24")
+    assert "first 2 windows of 64 tokens" in result["protocol"] and "3 windows" in result["protocol"]
+    assert reporter.text == "".join(row["text"] + "\n" for row in result["rows"])
+    assert json.loads((tmp_path / "results.json").read_text()) == result
+    for name in ("sp24-int4", "mixed"):
+        assert (tmp_path / name / "model.safetensors").is_file() and not (tmp_path / "work" / name).exists()
+    assert json.loads((tmp_path / "mixed-recipe.json").read_text())["version"] == 1
+
+
+def test_flow_goes_on_where_it_was_killed_and_repeats_nothing(
+    tiny_material: data.DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "prepare", lambda *_: tiny_material)
+    whole = flow.run(tmp_path / "whole", _settings(), _Quiet())
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flow.Demo, "choose", killed)
+        with pytest.raises(KeyboardInterrupt):
+            flow.run(tmp_path / "cut", _settings(), _Quiet())
+    reporter = _Quiet()
+    rest = flow.run(tmp_path / "cut", _settings(), reporter)
+    assert not any("sp24-int4" in step and "compressing" in step for step in reporter.steps)
+    figures = [[(row["perplexity"], row["text"], row["bytes"]) for row in result["rows"]] for result in (whole, rest)]
+    assert figures[0] == figures[1]
+    again = _Quiet()
+    flow.run(tmp_path / "cut", _settings(), again)
+    assert again.steps == []
+
+
+def test_flow_starts_anew_under_other_settings(
+    tiny_material: data.DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "prepare", lambda *_: tiny_material)
+    flow.run(tmp_path, _settings(), _Quiet())
+    reporter = _Quiet()
+    assert flow.run(tmp_path, _settings(windows=3), reporter)["settings"]["windows"] == 3
+    assert "compressing: sp24-int4" in reporter.steps
+
+
+def test_flow_refuses_settings_without_windows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^demo: windows and samples must be at least 1; got 0 and 3\.$"):
+        flow.run(tmp_path / "o", _settings(windows=0), _Quiet())
+    assert not (tmp_path / "o").exists()
+
+
+def test_default_settings_follow_the_device() -> None:
+    assert flow.default_settings("cpu").dtype_name == "float32"
+    on_gpu = flow.default_settings("cuda")
+    assert (on_gpu.windows, on_gpu.texts, on_gpu.dtype_name) == (40, ("wiki", "news"), "float16")
+
+
+def test_demo_command_prints_the_table_and_fails_when_mixed_misses_its_bound(
+    tiny_material: data.DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from marlin.cli import app
+
+    monkeypatch.setattr(data, "prepare", lambda *_: tiny_material)
+    monkeypatch.setattr(flow, "default_settings", lambda device: _settings())
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ["demo", "--out", str(tmp_path), "--device", "cpu"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert all(text in result.stdout for text in ("dense fp16", "all 2:4 INT4", "mixed", "CPU reference", "windows"))
+    monkeypatch.setattr(flow, "MAX_RATIO", 0.1)
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 1 and "the mixed recipe must stay within 0.1x dense" in result.stderr
+    assert json.loads(result.stdout)["rows"][0]["model"] == "dense fp16"

@@ -346,14 +346,23 @@ def test_unpack_refuses_scales_that_are_not_finite():
     assert str(error.value) == "CompressedWeight: scales must be finite; got NaN or infinity. Recompute them."
 
 
-def test_pack_refuses_scales_that_overflow():
+@pytest.mark.parametrize("factor", [2.0**24, 2.0**-30], ids=["overflow", "vanish"])
+def test_pack_refuses_scales_that_do_not_fit(factor):
     weight = cases.random_weight(64, 64, 32, dtype=torch.float32)
+    scales = torch.ones_like(weight.scales) * factor
     with pytest.raises(ValueError) as error:
-        pack(replace(weight, scales=weight.scales * 1e7), torch.float16)
+        pack(replace(weight, scales=scales), torch.float16)
     assert str(error.value) == (
-        "pack: scales must be finite in torch.float16; got overflow from torch.float32. "
-        "Pack with scale_dtype=torch.bfloat16."
+        "pack: scales must neither overflow nor vanish in torch.float16; "
+        f"got torch.float32 in {factor:g}..{factor:g}. "
+        "Pack with scale_dtype=torch.bfloat16, or rescale the weight."
     )
+
+
+def test_pack_refuses_a_scale_dtype_that_is_no_float():
+    with pytest.raises(TypeError) as error:
+        pack(cases.random_weight(64, 64, 32), torch.int8)
+    assert str(error.value) == "pack: scale_dtype must be float16, bfloat16 or float32; got torch.int8."
 
 
 def test_pack_validates_the_weight():

@@ -31,6 +31,7 @@ from marlin.integrations.transformers.quantizer import (  # noqa: E402
 )
 
 IDS = torch.arange(24).view(2, 12) * 7 % 96
+OLD = int(transformers.__version__.split(".")[0]) < 5
 LAYER = "model.layers.1.mlp.up_proj"
 
 
@@ -174,6 +175,7 @@ def test_base_model_loads_without_its_head(saved: tuple[Any, Path]) -> None:
         assert torch.equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
 
 
+@pytest.mark.skipif(OLD, reason="transformers 4 cannot put buffers on disk")
 def test_layers_offloaded_to_disk_give_the_same_logits(saved: tuple[Any, Path], tmp_path: Path) -> None:
     model, directory = saved
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
@@ -291,6 +293,7 @@ def test_load_refuses_a_wrong_dtype(own: Path) -> None:
     assert refusal(own).startswith(need)
 
 
+@pytest.mark.skipif(OLD, reason="transformers 4 opens the file before the quantizer can look at it")
 def test_load_refuses_a_truncated_file(own: Path) -> None:
     file = own / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])

@@ -7,6 +7,7 @@ product is belongs to `marlin.ops`, what the bits mean to `marlin.formats`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +69,13 @@ class SparseLinear(nn.Module):
         meta = torch.full((*tiles, meta_words), 0x44444444, dtype=torch.int32, device=device) if meta_words else None
         self.register_buffer("meta", meta)
         self.register_buffer("scales", torch.zeros(tiles[0], groups, TILE_N, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        values = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values))
 
     def forward(self, act: Tensor) -> Tensor:
-        operands = (self.codes, self.meta, self.scales, self.bias)
+        # Why not self.codes and so on: torch.nn.Module finds them in Python, which takes longer than the launch.
+        tensors: dict[str, Any] = self._buffers
+        operands = (tensors["codes"], tensors["meta"], tensors["scales"], self._parameters["bias"])
         return ops.packed_linear(self.kind, act, operands, self.out_features, self.group_size)
 
     def extra_repr(self) -> str:

@@ -25,7 +25,7 @@ from marlin.errors import message
 if TYPE_CHECKING:
     import torch
 
-    from marlin.compress import Compressed, Recipe
+    from marlin.compress import Compressed, Options, Recipe
 
 
 def read_recipe(recipe: str, group_size: int | None, method: str | None) -> Recipe:
@@ -96,6 +96,26 @@ def _summary(output: Path, recipe: str, calibration: str, compressed: Compressed
     }
 
 
+def _run(
+    paths: tuple[Path, Path], calibration: tuple[str, int, int], recipe: Recipe, options: Options, dtype: torch.dtype
+) -> Compressed:
+    """Load paths[0], compress on `calibration` (text, samples, length), and save as paths[1]."""
+    import torch
+
+    from marlin import api
+    from marlin.compress import calibration_windows
+    from marlin.demo.models import load_model
+
+    # Why: the CPU multiplies float32 fast and 16 bits slowly; a GPU takes the blocks one by one as they are.
+    precision = torch.float32 if torch.device(options.device).type == "cpu" else dtype
+    model, tokenizer = load_model(paths[0], torch.device("cpu"), precision)
+    text, samples, length = calibration
+    windows = calibration_windows(api.tokenize(text, tokenizer), samples, length, options.seed)
+    compressed = api.compress(model, windows, recipe, options=options, dtype=dtype)
+    api.save_pretrained(model, paths[1], tokenizer=tokenizer, report=compressed, recipe=recipe)
+    return compressed
+
+
 def compress(
     model: Path = typer.Argument(..., help="Hugging Face directory of the dense model."),
     output: Path = typer.Argument(..., help="Directory to write; replaced only when it is an earlier result."),
@@ -131,26 +151,17 @@ def compress(
     _check_packable(chosen_recipe)
     name, text = _calibration_text(calibration)
 
-    from marlin import api
-    from marlin.compress import Options, calibration_windows
+    from marlin.compress import Options
     from marlin.formats.atomic import check_replaceable
     from marlin.formats.checkpoint import is_directory_of_ours
 
     check_replaceable(output, False, is_directory_of_ours)
-    chosen, saved = choose_device(device), _saved_dtype(dtype, model)
-    # Why on the CPU: compress moves one block at a time to the device.
-    loaded, tokenizer = models.load_model(model, choose_device("cpu"), choose_dtype("float32", chosen))
-    windows = calibration_windows(api.tokenize(text, tokenizer), samples, length, seed)
+    chosen = choose_device(device)
     with progress_bar(not as_json) as display:
         show = counter(display, "compressing blocks")
-        options = Options(
-            device=chosen,
-            seed=seed,
-            resume_dir=resume_dir,
-            progress=lambda event: show(event.done, event.total),
-        )
-        compressed = api.compress(loaded, windows, chosen_recipe, options=options, dtype=saved)
-    api.save_pretrained(loaded, output, tokenizer=tokenizer, report=compressed, recipe=chosen_recipe)
+        options = Options(chosen, seed, resume_dir=resume_dir, progress=lambda event: show(event.done, event.total))
+        saved = _saved_dtype(dtype, model)
+        compressed = _run((model, output), (text, samples, length), chosen_recipe, options, saved)
     summary = _summary(output, recipe, name, compressed)
     if as_json:
         print_json(summary)

@@ -291,5 +291,6 @@ def run(out: str | Path, settings: Settings, reporter: Reporter, *, data_folder:
         "seconds": {name: step["seconds"] for name, step in state.steps.items()},
         "seconds_this_run": round(time.perf_counter() - started, 1),
     }
-    data.write_text(out / "results.json", json.dumps(result, indent=2) + "\n")
-    return result
+    text = json.dumps(result, indent=2)
+    data.write_text(out / "results.json", text + "\n")
+    return json.loads(text)

@@ -72,7 +72,7 @@ def expand_scales(scales: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def quantize(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Codes nearest to weight (ties to even): weight [N, K], scales [N, G] to int8 [N, K]."""
+    """Codes nearest to weight (ties to even): weight [N, K], scales [N, G] to int8 [N, K]; 0 / 0 is 0."""
     n, k = weight.shape
     grouped = weight.float().reshape(n, scales.shape[1], -1) / scales.float().unsqueeze(-1)
-    return grouped.round_().clamp_(QMIN, QMAX).to(torch.int8).reshape(n, k)
+    return grouped.nan_to_num_(0.0).round_().clamp_(QMIN, QMAX).to(torch.int8).reshape(n, k)

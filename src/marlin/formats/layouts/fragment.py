@@ -186,6 +186,11 @@ def unpack_scales(packed: torch.Tensor, n: int) -> torch.Tensor:
     return rows.reshape(tiles_n * TILE_N, groups)[:n].contiguous()
 
 
+def _magnitudes(scales: torch.Tensor) -> str:
+    magnitudes = scales.abs()[scales != 0]
+    return f"{float(magnitudes.min()):g}..{float(magnitudes.max()):g}" if magnitudes.numel() else "0"
+
+
 def pack(weight: Weight, scale_dtype: torch.dtype | None = None) -> PackedWeight:
     """Put a canonical weight into fragment order, on the device where it is.
 
@@ -193,6 +198,9 @@ def pack(weight: Weight, scale_dtype: torch.dtype | None = None) -> PackedWeight
     Raises: ValueError, TypeError (the weight's violated invariant).
     """
     weight.validate()
+    scale_dtype = scale_dtype or weight.scales.dtype
+    if scale_dtype not in SCALE_DTYPES:
+        raise TypeError(message("pack", "scale_dtype must be float16, bfloat16 or float32", str(scale_dtype)))
     tiles_n, tiles_k = _ceil_div(weight.n, TILE_N), _ceil_div(weight.k, TILE_K)
     rows, k_padded = tiles_n * TILE_N, tiles_k * TILE_K
     meta = None
@@ -202,15 +210,15 @@ def pack(weight: Weight, scale_dtype: torch.dtype | None = None) -> PackedWeight
         meta = _pack_meta(positions, tiles_n, tiles_k)
     else:
         codes = _pack_codes(_pad(weight.codes, rows, k_padded).contiguous(), tiles_n, tiles_k, 4)
-    scales = pack_scales(weight.scales.to(scale_dtype or weight.scales.dtype))
+    scales = weight.scales.to(scale_dtype)
     require(
-        bool(scales.isfinite().all()),
+        bool((scales.isfinite() & ((scales == 0) == (weight.scales == 0))).all()),
         "pack",
-        f"scales must be finite in {scales.dtype}",
-        f"overflow from {weight.scales.dtype}",
-        "Pack with scale_dtype=torch.bfloat16.",
+        f"scales must neither overflow nor vanish in {scale_dtype}",
+        f"{weight.scales.dtype} in {_magnitudes(weight.scales)}",
+        "Pack with scale_dtype=torch.bfloat16, or rescale the weight.",
     )
-    return PackedWeight(weight.kind, codes, meta, scales, weight.n, weight.k, weight.group_size)
+    return PackedWeight(weight.kind, codes, meta, pack_scales(scales), weight.n, weight.k, weight.group_size)
 
 
 def unpack(packed: PackedWeight) -> Weight:
