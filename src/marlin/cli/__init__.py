@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from marlin.cli import bench, compress, demo, doctor, evaluate, generate, inspect, kernels
+from marlin.cli import bench, compress, convert, demo, doctor, evaluate, generate, inspect, kernels
 from marlin.cli.common import Group, set_debug, version_text
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ def root(
 
 
 app.command("compress")(compress.compress)
+app.command("convert")(convert.convert)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)

@@ -35,17 +35,13 @@ __device__ __forceinline__ u32 scale_pair(u32 codes, u32 scale) {
 
 // The four registers of an A fragment. Registers 0 and 2 hold row g, 1 and 3 row g + 8, whose scales are the low and
 // the high half of `scales`.
-template <bool kBf16, bool kScaled>
+template <bool kBf16>
 __device__ __forceinline__ void dequantize(u32 (&a)[4], u32 word, u32 scales) {
-    a[0] = code_pair<kBf16, 0>(word);
-    a[1] = code_pair<kBf16, 1>(word);
-    a[2] = code_pair<kBf16, 2>(word);
-    a[3] = code_pair<kBf16, 3>(word);
-    if constexpr (kScaled) {
-        const u32 row[2] = {permute_bytes<0x1010>(scales), permute_bytes<0x3232>(scales)};
-#pragma unroll
-        for (int r = 0; r < 4; ++r) a[r] = scale_pair<kBf16>(a[r], row[r % 2]);
-    }
+    const u32 row[2] = {permute_bytes<0x1010>(scales), permute_bytes<0x3232>(scales)};
+    a[0] = scale_pair<kBf16>(code_pair<kBf16, 0>(word), row[0]);
+    a[1] = scale_pair<kBf16>(code_pair<kBf16, 1>(word), row[1]);
+    a[2] = scale_pair<kBf16>(code_pair<kBf16, 2>(word), row[0]);
+    a[3] = scale_pair<kBf16>(code_pair<kBf16, 3>(word), row[1]);
 }
 
 }  // namespace marlin

@@ -59,45 +59,39 @@ __device__ __forceinline__ void load_stage(const Args& args, const Segment& at, 
     if constexpr (T::kSparse) {
         load_packed<T, T::kTilesK, T::kTileMetaBytes>(args.meta, stage + T::kMetaOffset, tid, row, last_row, tile_k, tiles_k);
     }
-    if constexpr (T::kGrouped) {
-        const int group = at.chunk * T::BLOCK_K / T::kGroupSize, groups = args.k / T::kGroupSize;
-        load_packed<T, T::kChunkGroups, 128>(args.scales, stage + T::kScaleOffset, tid, row, last_row, group, groups);
-    }
+    const int group = at.chunk * T::BLOCK_K / T::kGroupSize, groups = max(args.k / T::kGroupSize, 1);
+    load_packed<T, T::kChunkGroups, 128>(args.scales, stage + T::kScaleOffset, tid, row, last_row, group, groups);
     load_activations<T>(args, at, stage, tid);
 }
 
 // The weights of one 64 x 64 tile column of a warp: packed words as they lie in shared memory.
 template <class T>
 struct PackedTile {
-    u32 codes[T::kFragsN][T::kCodeWords], meta[T::kFragsN][1], scales[T::kFragsN][1];
+    // Codes are fetched as they are needed where registers are few: two k-steps' words at a time.
+    static constexpr int kFetch = T::kLarge ? 2 : T::kCodeWords;
+    u32 codes[T::kFragsN][kFetch], meta[T::kFragsN][1], scales[T::kFragsN][1];
 
-    __device__ __forceinline__ void load(u32 stage, const Thread<T>& th, int tile_k) {
-#pragma unroll
-        for (int f = 0; f < T::kFragsN; ++f) {
-            const int frag = th.warp_n * T::kFragsN + f, tile = frag / 4 * T::kTilesK + tile_k;
-            const int thread = frag % 4 * 32 + th.lane;
-            load_smem(codes[f], stage + T::kCodeOffset + tile * T::kTileCodeBytes + thread * (4 * T::kCodeWords));
-            if constexpr (T::kSparse) {
-                load_smem(meta[f], stage + T::kMetaOffset + tile * T::kTileMetaBytes + thread * 4);
-            }
-        }
-    }
-
-    // The A fragments of k-step `step`; fetches the scales where a group begins.
+    // The A fragments of k-step `step`; the steps of a tile come in order.
     __device__ __forceinline__ void dequantize_step(u32 (&a)[T::kFragsN][4], u32 stage, const Thread<T>& th, int tile_k,
                                                     int step) {
         constexpr int kColumns = 64 / T::kCodeWords;
 #pragma unroll
         for (int f = 0; f < T::kFragsN; ++f) {
-            if constexpr (T::kGrouped) {
-                const int frag = th.warp_n * T::kFragsN + f;
-                const int group = (tile_k * 64 + step * kColumns) / T::kGroupSize % T::kChunkGroups;
-                if (step * kColumns % min(T::kGroupSize, 64) == 0) {
-                    load_smem(scales[f], stage + T::kScaleOffset + (frag / 4 * T::kChunkGroups + group) * 128 +
-                                             (frag % 4 * 8 + th.lane / 4) * 4);
-                }
+            const int frag = th.warp_n * T::kFragsN + f, tile = frag / 4 * T::kTilesK + tile_k;
+            const int thread = frag % 4 * 32 + th.lane;
+            if (step % kFetch == 0) {
+                load_smem(codes[f], stage + T::kCodeOffset + tile * T::kTileCodeBytes +
+                                        (thread * T::kCodeWords + step) * 4);
             }
-            dequantize<T::kBf16, T::kGrouped>(a[f], codes[f][step], scales[f][0]);
+            if (T::kSparse && step == 0) {
+                load_smem(meta[f], stage + T::kMetaOffset + tile * T::kTileMetaBytes + thread * 4);
+            }
+            if (step * kColumns % min(T::kGroupSize, 64) == 0) {
+                const int group = (tile_k * 64 + step * kColumns) / T::kGroupSize % T::kChunkGroups;
+                load_smem(scales[f], stage + T::kScaleOffset + (frag / 4 * T::kChunkGroups + group) * 128 +
+                                         (frag % 4 * 8 + th.lane / 4) * 4);
+            }
+            dequantize<T::kBf16>(a[f], codes[f][step % kFetch], scales[f][0]);
         }
     }
 };
@@ -146,7 +140,6 @@ __device__ __forceinline__ void multiply_chunk(Sums<T>& acc, u32 stage, const Th
     for (int kt = 0; kt < T::kTilesK / T::WARPS_K; ++kt) {
         const int tile_k = kt * T::WARPS_K + th.warp_k;
         PackedTile<T> tile;
-        tile.load(stage, th, tile_k);
 #pragma unroll
         for (int step = 0; step < T::kCodeWords; ++step) {
             u32 a[T::kFragsN][4];
@@ -190,11 +183,11 @@ __device__ __forceinline__ void w4a16_kernel(const Args& args, char* smem_base) 
             multiply_chunk<T>(acc, smem + buffer * T::kStageBytes, thread());
             buffer = buffer + 1 == T::STAGES ? 0 : buffer + 1;
         }
-        reduce_warps<T>(acc, reinterpret_cast<float4*>(smem_base + T::STAGES * T::kStageBytes), th);
+        reduce_warps<T>(acc, reinterpret_cast<float4*>(smem_base + T::STAGES * T::kStageBytes), thread());
         if constexpr (T::kLarge) at.seek(s, done - 1);
         if (at.tile >= s.num_split_tiles || reduce_blocks<T>(acc, args, s, at.tile)) {
             if constexpr (T::WARPS_K > 1) __syncthreads();  // reduce_warps reads the scratch until here
-            store_tile<T>(acc, args, at, smem + T::STAGES * T::kStageBytes, th);
+            store_tile<T>(acc, args, at, smem + T::STAGES * T::kStageBytes, thread());
         }
     }
 }

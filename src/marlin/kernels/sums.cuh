@@ -1,4 +1,4 @@
-// From the sums of a warp to the output: add over warps and blocks, scale and bias, round once, store.
+// From the sums of a warp to the output: add over warps and blocks, add the bias, round once, store.
 #pragma once
 #include "tile.cuh"
 
@@ -40,6 +40,7 @@ __device__ __forceinline__ void reduce_warps(Sums<T>& acc, float4* smem, const T
 // Adds the parts of a split tile. Returns whether this block is the one that holds the sum.
 template <class T>
 __device__ __forceinline__ bool reduce_blocks(Sums<T>& acc, const Args& args, const Schedule& s, int tile) {
+    static_assert(T::kFragsM <= 8 ? 8 % T::kFragsM == 0 : T::kFragsM % 8 == 0);
     constexpr int kSlot = T::kOwnFragsN * T::kFragsM * T::kThreads;
     const int first = s.first_block(tile), last = s.last_block(tile);
     if (first == last) return true;
@@ -60,49 +61,49 @@ __device__ __forceinline__ bool reduce_blocks(Sums<T>& acc, const Args& args, co
     }
     __syncthreads();
     if (arrived != last - first) return false;
-    // Why: a batch of parts is loaded before any is added, since each costs a round trip to L2; fragments go one by
-    // one, since those of large tiles leave few registers.
-    constexpr int kBatch = T::kFragsM >= 8 ? 1 : 8 / T::kFragsM;
+    // Why: parts are loaded in batches of eight before any is added, since each batch costs a round trip to L2; larger
+    // batches would not fit beside the sums of a large tile.
+    constexpr int kBlocks = T::kFragsM >= 8 ? 1 : 8 / T::kFragsM, kFrags = T::kFragsM >= 8 ? 8 : T::kFragsM;
 #pragma unroll
     for (int f = 0; f < T::kOwnFragsN; ++f) {
+#pragma unroll
+        for (int b0 = 0; b0 < T::kFragsM; b0 += kFrags) {
 #pragma unroll 1
-        for (int block0 = first; block0 <= last; block0 += kBatch) {
-            float4 part[kBatch][T::kFragsM];
+            for (int block0 = first; block0 <= last; block0 += kBlocks) {
+                float4 part[kBlocks][kFrags];
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                const float4* from = args.workspace + s.slot(min(block0 + i, last), tile) * kSlot + threadIdx.x;
+                for (int i = 0; i < kBlocks; ++i) {
+                    const float4* from = args.workspace + s.slot(min(block0 + i, last), tile) * kSlot + threadIdx.x;
 #pragma unroll
-                for (int b = 0; b < T::kFragsM; ++b) part[i][b] = load_l2(from + (f * T::kFragsM + b) * T::kThreads);
-            }
+                    for (int b = 0; b < kFrags; ++b) {
+                        part[i][b] = load_l2(from + (f * T::kFragsM + b0 + b) * T::kThreads);
+                    }
+                }
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                if (block0 + i > last) break;
+                for (int i = 0; i < kBlocks; ++i) {
+                    if (block0 + i > last) break;
 #pragma unroll
-                for (int b = 0; b < T::kFragsM; ++b) add(acc[f][b], part[i][b], block0 + i == first);
+                    for (int b = 0; b < kFrags; ++b) add(acc[f][b0 + b], part[i][b], block0 + i == first);
+                }
             }
         }
     }
     return true;
 }
 
-// Multiplies by the row's scale where there is one per row, and adds the bias.
 template <class T>
-__device__ __forceinline__ void finish_sums(Sums<T>& acc, const Args& args, int tile_n, int first_frag, int lane) {
-    if (T::kGrouped && args.bias == nullptr) return;
+__device__ __forceinline__ void add_bias(Sums<T>& acc, const Args& args, int feature0, int lane) {
+    if (args.bias == nullptr) return;
 #pragma unroll
     for (int f = 0; f < T::kOwnFragsN; ++f) {
 #pragma unroll
         for (int hi = 0; hi < 2; ++hi) {
-            const int frag = first_frag + f, row = frag % 4 * 16 + hi * 8 + lane / 4;
-            const int tile = tile_n * T::kTilesN + frag / 4, feature = tile * 64 + row;
-            if (feature >= args.n) continue;
-            float scale = 1.0f, bias = 0.0f;
-            if (!T::kGrouped) scale = to_float<T::kBf16>(args.scales[tile * 64 + frag % 4 * 16 + lane / 4 * 2 + hi]);
-            if (args.bias != nullptr) bias = to_float<T::kBf16>(args.bias[feature]);
+            const int feature = feature0 + f * 16 + hi * 8 + lane / 4;
+            const float bias = feature < args.n ? to_float<T::kBf16>(args.bias[feature]) : 0.0f;
 #pragma unroll
             for (int b = 0; b < T::kFragsM; ++b) {
-                acc[f][b][2 * hi] = acc[f][b][2 * hi] * scale + bias;
-                acc[f][b][2 * hi + 1] = acc[f][b][2 * hi + 1] * scale + bias;
+                acc[f][b][2 * hi] += bias;
+                acc[f][b][2 * hi + 1] += bias;
             }
         }
     }
@@ -113,7 +114,7 @@ template <class T>
 __device__ __forceinline__ void store_tile(Sums<T>& acc, const Args& args, const Segment& at, u32 smem,
                                            const Thread<T>& th) {
     const int lane = th.lane, first_frag = th.warp_n * T::kFragsN + th.warp_k * T::kOwnFragsN;
-    finish_sums<T>(acc, args, at.tile_n, first_frag, lane);
+    add_bias<T>(acc, args, at.tile_n * T::BLOCK_N + first_frag * 16, lane);
     constexpr int kPieces = T::kOutRowBytes / 16, kTokensPerPass = 32 / kPieces;
     static_assert(32 % kPieces == 0);
     const u32 rows = smem + th.tid / 32 * 8 * T::kOutRowBytes;

@@ -19,14 +19,16 @@ struct Args {
     Schedule schedule;
 };
 
+// Group size of weights with one scale per row: longer than any row, and a multiple of every chunk.
+constexpr int kWholeRow = 1 << 30;
+
 template <bool kSparse_, bool kBf16_, int kGroupSize_, int BLOCK_M_, int BLOCK_N_, int BLOCK_K_, int STAGES_,
           int WARPS_M_, int WARPS_N_, int WARPS_K_>
 struct Tile {
     static constexpr bool kSparse = kSparse_, kBf16 = kBf16_;
     static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, BLOCK_K = BLOCK_K_, STAGES = STAGES_;
     static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, WARPS_K = WARPS_K_;
-    static constexpr int kGroupSize = kGroupSize_;  // 0: one scale per row, applied to the sums
-    static constexpr bool kGrouped = kGroupSize > 0;
+    static constexpr int kGroupSize = kGroupSize_;  // kWholeRow: one scale per row
     static constexpr int kThreads = 32 * WARPS_M * WARPS_N * WARPS_K;
     static constexpr int kFragsN = BLOCK_N / WARPS_N / 16, kFragsM = BLOCK_M / WARPS_M / 8;
     static constexpr int kOwnFragsN = kFragsN / WARPS_K;  // fragments that a warp finishes
@@ -36,7 +38,7 @@ struct Tile {
 
     static constexpr int kTilesN = BLOCK_N / 64, kTilesK = BLOCK_K / 64;
     static constexpr int kCodeWords = kSparse ? 2 : 4;  // per thread and tile of 64 x 64
-    static constexpr int kChunkGroups = !kGrouped ? 0 : kGroupSize >= BLOCK_K ? 1 : BLOCK_K / kGroupSize;
+    static constexpr int kChunkGroups = kGroupSize >= BLOCK_K ? 1 : BLOCK_K / kGroupSize;
 
     static constexpr int kActRowBytes = BLOCK_K * 2, kActBytes = BLOCK_M * kActRowBytes;
     static constexpr int kTileCodeBytes = 128 * kCodeWords * 4, kTileMetaBytes = kSparse ? 512 : 0;
@@ -53,7 +55,7 @@ struct Tile {
 
     static_assert(BLOCK_N % (64) == 0 && BLOCK_K % (64 * WARPS_K) == 0 && BLOCK_M % (8 * WARPS_M) == 0);
     static_assert(kFragsN % WARPS_K == 0 && kOwnFragsN > 0 && STAGES >= 2 && kStageBytes % 128 == 0);
-    static_assert(kGroupSize == 0 || kGroupSize == 32 || kGroupSize == 64 || kGroupSize == 128);
+    static_assert(kGroupSize == 32 || kGroupSize == 64 || kGroupSize == 128 || kGroupSize == kWholeRow);
     static_assert(kGroupSize <= BLOCK_K || kGroupSize % BLOCK_K == 0);
 };
 

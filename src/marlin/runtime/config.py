@@ -44,7 +44,7 @@ class TileConfig:
         return f"{self.block_m}x{self.block_n}x{self.block_k}_s{self.stages}_w{warps}_c{self.ctas_per_sm}"
 
     def chunk_groups(self, group_size: int) -> int:
-        return 0 if group_size == -1 else max(1, self.block_k // group_size)
+        return 1 if group_size == -1 else max(1, self.block_k // group_size)
 
     def stage_bytes(self, kind: str, group_size: int) -> int:
         tiles = self.block_n // 64 * (self.block_k // 64)

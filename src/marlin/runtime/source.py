@@ -91,7 +91,7 @@ class Variant:
         c = self.config
         tile = (
             f"marlin::Tile<{str(self.kind == 'w4a16_sp24').lower()}, {str(self.dtype == 'bfloat16').lower()}, "
-            f"{max(self.group_size, 0)}, {c.block_m}, {c.block_n}, {c.block_k}, {c.stages}, "
+            f"{'marlin::kWholeRow' if self.group_size == -1 else self.group_size}, {c.block_m}, {c.block_n}, {c.block_k}, {c.stages}, "
             f"{c.warps_m}, {c.warps_n}, {c.warps_k}>"
         )
         parameters = ", ".join(f"{kind} {name}" for kind, name, _ in ARGUMENTS)

@@ -1,7 +1,7 @@
 """Readers of GPTQ's and AWQ's own INT4 tensors, where they are symmetric and in the order of the columns.
 
 Owns both layouts. GPTQ: `qweight` int32 [K/8, N] with nibbles along K, `qzeros` int32 [G, N/8] with nibbles along N.
-AWQ: `qweight` int32 [K, N/8] and `qzeros` int32 [G, N/8], where nibble i of a word is column (0, 2, 4, 6, 1, 3, 5, 7)[i].
+AWQ: `qweight` int32 [K, N/8] and `qzeros` int32 [G, N/8], nibble i of a word is column (0, 2, 4, 6, 1, 3, 5, 7)[i].
 Nibbles are code + zero point, `scales` are [G, N]. Knows nothing of files and configs.
 Source: AutoGPTQ 0.7 and AutoAWQ 0.2 (gemm), whose files the tests read.
 """
