@@ -15,7 +15,7 @@ from marlin.runtime.cost import cost_us, geometry
 from marlin.runtime.driver import DeviceInfo
 from marlin.runtime.problem import DTYPES, KINDS
 
-H200 = DeviceInfo(0, "NVIDIA H200", (9, 0), 132, 232448, 60 << 20, 1_980_000, 4.3e12)
+H200 = DeviceInfo(0, "NVIDIA H200", (9, 0), 132, 232448, 60 << 20, 1_980_000, 4.917e12)
 A100 = DeviceInfo(0, "NVIDIA A100", (8, 0), 108, 166912, 40 << 20, 1_410_000, 1.9e12)
 RTX4090 = DeviceInfo(0, "NVIDIA GeForce RTX 4090", (8, 9), 128, 101376, 72 << 20, 2_520_000, 1.0e12)
 V100 = DeviceInfo(0, "Tesla V100", (7, 0), 80, 98304, 6 << 20, 1_530_000, 0.9e12)

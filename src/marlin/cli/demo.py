@@ -65,7 +65,7 @@ def demo(
     data: Path | None = typer.Option(None, "--data", help="Folder for model and text; default: the user's cache."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     windows: int = typer.Option(0, "--windows", min=0, help="Windows a perplexity; 0: 8 on the CPU, 40 on a GPU."),
-    samples: int = typer.Option(0, "--samples", min=0, help="Calibration windows; 0: 8 on the CPU, 64 on a GPU."),
+    samples: int = typer.Option(0, "--samples", min=0, help="Calibration windows; 0: 16 on the CPU, 64 on a GPU."),
     as_json: bool = typer.Option(False, "--json", help="Print what results.json holds."),
 ) -> None:
     """Compress a real language model (SmolLM2-135M), compare, and generate.

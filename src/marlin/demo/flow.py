@@ -53,7 +53,7 @@ class Settings:
 
     device: str = "cpu"
     windows: int = 8
-    samples: int = 8
+    samples: int = 16
     window: int = 1024
     group_size: int = 64
     seed: int = 0

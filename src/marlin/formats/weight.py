@@ -119,12 +119,10 @@ class CompressedWeight:
             str(tuple(self.positions.shape)),
         )
         _check_one_device(op, self.codes, self.positions, self.scales)
-        require(
-            sparsity.positions_are_legal(self.positions),
-            op,
-            f"positions must be legal 2:4 nibbles {sparsity.LEGAL_NIBBLES}",
-            f"values {sorted(set(self.positions.unique().tolist()) - set(sparsity.LEGAL_NIBBLES))[:8]}",
-        )
+        if not sparsity.positions_are_legal(self.positions):
+            illegal = sorted(set(self.positions.unique().tolist()) - set(sparsity.LEGAL_NIBBLES))
+            requirement = f"positions must be legal 2:4 nibbles {sparsity.LEGAL_NIBBLES}"
+            raise ValueError(message(op, requirement, f"values {illegal[:8]}"))
         _check_scales(op, self.scales, self.n, self.k, self.group_size)
         return self
 

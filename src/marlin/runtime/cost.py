@@ -44,7 +44,7 @@ _LAUNCH_US = 2.9
 _REDUCE_US, _PART_US = 1.84, 0.063  # of a split tile, and of each of its parts
 _CHUNK_CYCLES = 290.0  # barrier and first fragments, shared by the blocks of a multiprocessor
 _DEQUANTIZE_SLOTS, _COPY_SLOTS, _LDMATRIX_SLOTS = 13.0, 7.4, 1.85  # issue slots of a warp
-_MEMORY_SHARE = 0.672  # of the peak bandwidth that streaming reaches
+_MEMORY_SHARE = 0.588  # of the nominal bandwidth that streaming reaches
 
 
 def arch_model(arch: tuple[int, int]) -> ArchModel:
