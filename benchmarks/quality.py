@@ -1,21 +1,22 @@
 """Perplexity by method on a real model: `python -m benchmarks.quality --data FOLDER`.
 
-Owns `benchmarks/records/quality-NAME.json`: which methods are compared and by what protocol. FOLDER is what `marlin demo`
-prepares: `model/` (a Hugging Face directory) and `text/{calibration,wiki,news}-v*.txt`.
+Owns `benchmarks/records/quality-NAME.json`: which methods are compared and by what protocol. FOLDER is what
+`marlin demo` prepares: `model/` (a Hugging Face directory) and `text/{calibration,wiki,news}-v*.txt`.
 
 Protocol: perplexity by `marlin.evaluate` in float32, windows of 1024 tokens without overlap and without special tokens,
 the first 40; calibration on 16 windows of 1024 tokens of other articles, seed 0, shared by all rows; group_size 64. The
 mixed recipe is chosen on 2 calibration windows of 512 tokens that no row is calibrated on.
 
-A row that is in the record is not measured again (--again measures it anew). A row: model, method, recipe, wiki, news,
-bits_per_weight (of the decoder's linear layers), seconds (of compression, and of the choice where there is one), device,
-peak_memory_gib (of compression, model included). Runs on the CPU or on one GPU.
+A row that is in the record is not measured again (--again measures it anew). A row: key (of `METHODS`), model, method,
+recipe, wiki, news, bits_per_weight (of the decoder's linear layers), seconds (of compression, and of the choice where
+there is one), device, peak_memory_gib (of compression, model included). Runs on the CPU or on one GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import pathlib
 import platform
 import re
@@ -95,7 +96,9 @@ class Material:
             if not found:
                 where = str(self.setting.data / "text")
                 raise FileNotFoundError(
-                    message("benchmarks.quality", f"--data must hold text/{name}-v*.txt", where, "Run `marlin demo` first.")
+                    message(
+                        "benchmarks.quality", f"--data must hold text/{name}-v*.txt", where, "Run `marlin demo` first."
+                    )
                 )
             ids = self.tokenizer(found[-1].read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
             self._streams[name] = torch.tensor(ids, dtype=torch.int64)
@@ -139,7 +142,9 @@ def peak_gib(device: str) -> float | None:
 
 def device_name(device: str) -> str:
     """As it stands in the table."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    )
 
 
 def options(setting: Setting, key: str) -> Options:
@@ -212,8 +217,8 @@ def header(setting: Setting) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "protocol": (
-            f"perplexity of the first {setting.limit} windows of {WINDOW} tokens, no overlap, no special tokens, float32; "
-            f"calibration {setting.samples} x {WINDOW} tokens, seed {SEED}; group_size {GROUP_SIZE}"
+            f"perplexity of the first {setting.limit} windows of {WINDOW} tokens, no overlap, no special tokens, "
+            f"float32; calibration {setting.samples} x {WINDOW} tokens, seed {SEED}; group_size {GROUP_SIZE}"
         ),
     }
 
@@ -225,8 +230,6 @@ def update(
 
     Raises: ValueError (the record was made by another protocol).
     """
-    import json
-
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**header(setting), "rows": []}
     if record["protocol"] != header(setting)["protocol"]:
         fix = "Choose another --out, or delete it."

@@ -45,7 +45,8 @@ ROOMS = {
     "compat": Room(("errors", "formats", "ops"), ("torch",)),
     "_semi_structured_conversions": Room(("errors", "formats"), ("torch",)),
     "integrations": Room(("errors",)),
-    "integrations.transformers": Room(("errors", "formats", "nn"), ("torch", "transformers")),
+    "integrations.peft": Room(("errors", "nn"), ("torch", "peft")),
+    "integrations.transformers": Room(("errors", "formats", "nn", "integrations.peft"), ("torch", "transformers")),
     # The public verbs, which put rooms together.
     "api": Room(
         ("errors", "formats", "compress", "nn", "integrations.transformers"), ("torch", "safetensors", "transformers")
@@ -57,14 +58,13 @@ ROOMS = {
     "": Room(ANY),  # marlin/__init__.py, whose names are lazy
 }
 
-# Beside src/: measures what users call, and must not know how weights are compressed; but quality.py measures just that,
-# through the public names of the package.
+# Beside src/: measures what users call, and must not know how weights are compressed; quality.py measures just that.
 BENCHMARKS = ("errors", "formats", "ops", "nn", "runtime", "testing")
 QUALITY = (*BENCHMARKS, "", "compress", "evaluate", "demo", "api")
 
 # Imported inside functions only, so that nothing pays for what it does not use. (A room of its own framework is itself
 # imported late.)
-LATE = ("accelerate", "cuda", "gguf", "matplotlib", "transformers", "triton", "vllm")
+LATE = ("accelerate", "cuda", "gguf", "matplotlib", "peft", "transformers", "triton", "vllm")
 
 # What `import marlin` loads: the operators under torch.ops, and the hook that waits for transformers.
 EAGER = {"marlin.ops", "marlin.integrations.transformers.register_lazily"}

@@ -286,7 +286,9 @@ def tiny_material(tmp_path_factory: pytest.TempPathFactory) -> data.DemoData:
 
 
 def _settings(**changes: object) -> flow.Settings:
-    small = flow.Settings(windows=2, samples=3, window=64, group_size=32, probe=(2, 32), max_new_tokens=4)
+    small = flow.Settings(
+        windows=2, samples=3, window=64, group_size=32, probe=(2, 32), choose_windows=1, max_new_tokens=4
+    )
     return dataclasses.replace(small, **changes)  # type: ignore[arg-type]
 
 

@@ -52,7 +52,8 @@ def _built(
             found += fault[0] in (text := header.read_text())
             header.write_text(text.replace(*fault))
         assert found, f"no kernel text has {fault[0]!r}"
-    flags = (str(kind == "w4a16_sp24").lower(), str(dtype == torch.bfloat16).lower(), "marlin::kWholeRow" if group_size == -1 else group_size)
+    group = "marlin::kWholeRow" if group_size == -1 else group_size
+    flags = (int(kind == "w4a16_sp24"), int(dtype == torch.bfloat16), group)
     extents = (config.block_m, config.block_n, config.block_k, config.stages, config.warps_m, config.warps_n)
     tile = ",".join(map(str, (*flags, *extents, config.warps_k)))
     library = folder / f"{kind}-{config.tag}-{group_size}-{dtype}.so"

@@ -94,17 +94,21 @@ def save_pretrained(
     """Write a compressed model as a Hugging Face directory, whole or not at all; returns the directory.
 
     Beside what `model.save_pretrained` writes: the tokenizer, `compression_report.json` (report, recipe, numbers) and
-    a model card that shows recipe and numbers. report: what `compress` returned, or any JSON object. An existing
-    directory is replaced when it is empty, holds a model of ours, or under overwrite.
-    Raises: TypeError (not a model of transformers), ValueError (nothing compressed), FileExistsError,
-    NotADirectoryError, OSError, CheckpointError (illegal values).
+    a model card: use, layers, calibration, results, recipe. report: what `compress` returned, or any JSON object, whose
+    "calibration" (an object) is shown too. An existing directory is replaced when it is empty, holds a model of ours,
+    or under overwrite.
+    Raises: TypeError (not a model of transformers), ValueError (nothing compressed, adapters attached),
+    FileExistsError, NotADirectoryError, OSError, CheckpointError (illegal values).
     """
     op = "save_pretrained"
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         fix = "Save other modules with torch.save(model.state_dict())."
         raise TypeError(message(op, "model must be a transformers.PreTrainedModel", type(model).__name__, fix))
     found = next(nn.sparse_linears(model), None)
-    require(found is not None, op, "model must have a compressed layer", "none", "Call marlin.compress first.")
+    if found is None:
+        raise ValueError(message(op, "model must have a compressed layer", "none", "Call marlin.compress first."))
+    fix = "Save the adapters with model.save_pretrained, and the model without them (PeftModel.unload)."
+    require(not found[0].endswith(".base_layer"), op, "model must have no adapters", found[0], fix)
     target = Path(directory)
     check_replaceable(target, overwrite, checkpoint.is_directory_of_ours)
     record = _record(report, recipe, numbers)
@@ -118,7 +122,7 @@ def save_pretrained(
             tokenizer.save_pretrained(temporary)
         summary = checkpoint.read_directory_summary(temporary)
         (temporary / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (temporary / CARD_FILE).write_text(_card(target.name, summary, record), encoding="utf-8")
+        (temporary / CARD_FILE).write_text(_card(target.name, summary, record, tokenizer is not None), encoding="utf-8")
     return target
 
 
@@ -154,19 +158,58 @@ def _show(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def _card(name: str, summary: checkpoint.DirectorySummary, record: Mapping[str, Any]) -> str:
-    """The model card: use, layers, numbers, recipe."""
+def _use(name: str, has_tokenizer: bool) -> list[str]:
+    """How the model is loaded and, with its tokenizer, asked."""
+    lines = ["```python", "import marlin  # pip install 'sparse-marlin[transformers]'"]
+    lines += [f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * has_tokenizer}", ""]
+    lines += [f'model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")']
+    if has_tokenizer:
+        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")']
+        lines += ['inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)']
+        lines += ["print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"]
+    return [*lines, "```", ""]
+
+
+def _solved_rows(record: Mapping[str, Any]) -> list[str]:
+    """How the layers were solved, by kind and method: calibration tokens that a layer saw, and relative errors."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    layers = record.get("layers")
+    for row in layers if isinstance(layers, list) else []:
+        if isinstance(row, Mapping) and isinstance(row.get("relative_error"), float):
+            groups.setdefault((str(row.get("kind")), str(row.get("method"))), []).append(row)
+    if not groups:
+        return []
+    lines = ["| kind | method | layers | tokens | relative error, mean | worst |", "|---|---|---:|---:|---:|---|"]
+    for (kind, method), rows in groups.items():
+        tokens = sorted({row.get("tokens") or 0 for row in rows})
+        seen = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
+        worst = max(rows, key=lambda row: row["relative_error"])
+        mean = sum(row["relative_error"] for row in rows) / len(rows)
+        text = f"{worst['relative_error']:.3g}, {worst.get('name')}"
+        lines.append(f"| {kind} | {method} | {len(rows)} | {seen} | {mean:.3g} | {text} |")
+    note = "The relative error is that of a layer's outputs on the calibration tokens: squared error over square."
+    return [*lines, "", note, ""]
+
+
+def _fact_rows(facts: Any) -> list[str]:
+    if not isinstance(facts, Mapping) or not facts:
+        return []
+    return ["| | |", "|---|---:|", *(f"| {key} | {_show(value)} |" for key, value in facts.items()), ""]
+
+
+def _card(name: str, summary: checkpoint.DirectorySummary, record: Mapping[str, Any], has_tokenizer: bool) -> str:
+    """The model card: use, layers, calibration, results, recipe."""
     architecture = ", ".join(summary.config.get("architectures") or ["model"])
     lines = ["---", "library_name: transformers", "tags:", "- sparse-marlin", "- int4", "- 2:4-sparsity", "---", ""]
     lines += [f"# {name}", ""]
     lines += [f"{architecture} with INT4 weights, 2:4-sparse where the table says `w4a16_sp24`.", ""]
-    lines += ["```python", "import marlin  # pip install 'sparse-marlin[transformers]'"]
-    lines += ["from transformers import AutoModelForCausalLM", ""]
-    lines += [f'model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")', "```", ""]
+    lines += _use(name, has_tokenizer)
     lines += ["## Layers", "", *_layer_rows(summary), ""]
-    if record.get("numbers"):
-        lines += ["## Numbers", "", "| | |", "|---|---:|"]
-        lines += [f"| {key} | {_show(value)} |" for key, value in record["numbers"].items()] + [""]
+    sections = {"Calibration": [*_fact_rows(record.get("calibration")), *_solved_rows(record)]}
+    sections["Results"] = _fact_rows(record.get("numbers"))
+    for title, rows in sections.items():
+        if rows:
+            lines += [f"## {title}", "", *rows]
     if record.get("recipe"):
         lines += ["## Recipe", "", "```json", json.dumps(record["recipe"], indent=2), "```", ""]
     return "\n".join(lines)

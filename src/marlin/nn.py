@@ -99,6 +99,11 @@ class SparseLinear(nn.Module):
         n, k = self.out_features, self.in_features
         return PackedWeight(self.kind, self.codes, self.meta, self.scales, n, k, self.group_size)
 
+    @property
+    def qweight(self) -> Tensor:
+        """The codes under the name by which peft finds the device of a quantized layer."""
+        return self.codes
+
     def to_weight(self) -> Weight:
         """The weight in canonical form, a copy. Raises: ValueError (illegal metadata, scales not finite)."""
         return unpack(self.packed)

@@ -1,5 +1,6 @@
 """Choosing masks, codes and scales: recipes, solvers, and the walk through a model."""
 
+from marlin.compress import sensitivity
 from marlin.compress.calibration import calibration_windows
 from marlin.compress.hessian import DampingWarning
 from marlin.compress.recipe import METHODS, PRESETS, LayerRecipe, Recipe, preset
@@ -20,4 +21,5 @@ __all__ = [
     "calibration_windows",
     "compress_model",
     "preset",
+    "sensitivity",
 ]

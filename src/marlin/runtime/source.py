@@ -89,11 +89,10 @@ class Variant:
     def entry_text(self) -> str:
         """The entry point alone: the template with this variant's parameters."""
         c = self.config
-        tile = (
-            f"marlin::Tile<{str(self.kind == 'w4a16_sp24').lower()}, {str(self.dtype == 'bfloat16').lower()}, "
-            f"{'marlin::kWholeRow' if self.group_size == -1 else self.group_size}, {c.block_m}, {c.block_n}, {c.block_k}, {c.stages}, "
-            f"{c.warps_m}, {c.warps_n}, {c.warps_k}>"
-        )
+        sparse, bf16 = self.kind == "w4a16_sp24", self.dtype == "bfloat16"
+        group = "marlin::kWholeRow" if self.group_size == -1 else self.group_size
+        extents = (c.block_m, c.block_n, c.block_k, c.stages, c.warps_m, c.warps_n, c.warps_k)
+        tile = f"marlin::Tile<{int(sparse)}, {int(bf16)}, {group}, {', '.join(map(str, extents))}>"
         parameters = ", ".join(f"{kind} {name}" for kind, name, _ in ARGUMENTS)
         names = [name for _, name, _ in ARGUMENTS]
         split = names.index("num_m_tiles")

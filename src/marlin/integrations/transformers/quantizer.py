@@ -168,8 +168,8 @@ class SparseMarlinQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether weights can be trained: codes cannot."""
-        return False
+        """Whether adapters can be trained on the model; its codes stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
