@@ -422,3 +422,23 @@ def test_module_form_of_the_command_runs() -> None:
     command = [sys.executable, "-m", "marlin.cli", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert result.returncode == 0 and result.stdout.startswith("sparse-marlin ")
+
+
+@pytest.mark.gpu
+def test_commands_run_the_kernel_on_a_gpu(compressed: tuple[Path, dict[str, Any]], text_file: Path) -> None:
+    arguments = ("eval", compressed[0], "--text", text_file, "--window", "64", "--limit", "4", "--json")
+    on_cpu, on_gpu = (json.loads(run(*arguments, "--device", name).stdout) for name in ("cpu", "cuda"))
+    assert on_gpu["path"].startswith("GPU kernel: sm") and on_gpu["dtype"] == "float16"
+    assert on_gpu["perplexity"] == pytest.approx(on_cpu["perplexity"], rel=0.02)
+    report = json.loads(run("generate", compressed[0], "snow", "-n", "4", "--device", "cuda", "--json").stdout)
+    assert report["path"] == on_gpu["path"] and report["new_tokens"] >= 1
+    rows = json.loads(run("doctor", "--json").stdout)
+    assert all(row["ok"] is not False for row in rows)
+    assert sum(row["name"].startswith("self-test") for row in rows) >= 8
+
+
+@pytest.mark.gpu
+def test_compress_on_a_gpu_writes_a_directory_that_generates(dense: Path, text_file: Path, tmp_path: Path) -> None:
+    arguments = ("-c", text_file, "--samples", "4", "--length", "64", "-g", "32", "--device", "cuda")
+    run("compress", dense, tmp_path / "o", *arguments)
+    assert "GPU kernel" in run("generate", tmp_path / "o", "snow", "-n", "4", "--device", "cuda").stderr

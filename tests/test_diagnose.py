@@ -203,8 +203,8 @@ def test_diagnose_runs_the_self_test_that_it_is_given():
     ("installed", "ok", "fix"),
     [
         (None, False, "Install it: pip install 'sparse-marlin[transformers]'."),
-        ("4.9.2", False, "Version 4.56 or newer is needed: pip install -U 'sparse-marlin[transformers]'."),
-        ("4.56.0.dev0", True, ""),
+        ("4.9.2", False, "Version 5.0 or newer is needed: pip install -U 'sparse-marlin[transformers]'."),
+        ("5.0.0.dev0", True, ""),
         ("5.23.0", True, ""),
     ],
 )

@@ -6,6 +6,8 @@ inside the commands, so that `marlin --help` is immediate.
 
 from __future__ import annotations
 
+import warnings
+
 import typer
 
 from marlin.cli import bench, compress, convert, demo, doctor, evaluate, generate, inspect, kernels
@@ -58,7 +60,8 @@ app.command("demo")(demo.demo)
 
 
 def main() -> None:
-    """Entry point of the `marlin` command."""
+    """Entry point of the `marlin` command; warnings are one line each."""
+    warnings.formatwarning = lambda text, category, *_: f"{category.__name__}: {text}\n"
     app()
 
 

@@ -75,8 +75,9 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except _SHOWN_AS_ONE_LINE as error:
-            if _debug:
+        except Exception as error:
+            out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+            if _debug or not (out_of_memory or isinstance(error, _SHOWN_AS_ONE_LINE)):
                 raise
             text = _one_line(error)
             err().print(f"[bold red]error:[/] [red]{escape(text)}[/]", soft_wrap=True)

@@ -17,7 +17,7 @@ from marlin.errors import MarlinError
 from marlin.runtime import cache, compiler, driver
 
 MINIMUM_PYTHON = (3, 10)
-MINIMUM_VERSIONS = {"torch": "2.4", "safetensors": "0.4.3", "transformers": "4.56"}
+MINIMUM_VERSIONS = {"torch": "2.4", "safetensors": "0.4.3", "transformers": "5.0"}
 MINIMUM_CAPABILITY = (8, 0)
 _CUDA_OF_TORCH = re.compile(r"^cuda\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
 _TRIVIAL_KERNEL = 'extern "C" __global__ void marlin_doctor() {}\n'

@@ -1,7 +1,7 @@
 """The quantizer `sparse_marlin` of transformers: linears become `SparseLinear` on the meta device, then tensors load.
 
 Owns: the translation between a description (`marlin.formats.checkpoint`) and a model of transformers, both ways. Knows
-nothing of how tensors are packed or multiplied. Works with transformers 4.56 and later.
+nothing of how tensors are packed or multiplied. Works with transformers 5.0 and later.
 """
 
 from __future__ import annotations

@@ -1,0 +1,97 @@
+"""`benchmarks.quality` from end to end on a tiny model: rows, resumption, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import quality, records
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+WORDS = [f"w{i}" for i in range(94)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<pad>", *WORDS])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>")
+    fast.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(vocabulary),
+        initializer_range=0.1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    (folder / "text").mkdir()
+    for seed, name in enumerate(("calibration", "wiki", "news")):
+        picks = torch.randint(0, len(WORDS), (400,), generator=torch.Generator().manual_seed(seed)).tolist()
+        (folder / "text" / f"{name}-v1.txt").write_text(" ".join(WORDS[i] for i in picks), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "WINDOW", 32)
+    monkeypatch.setattr(quality, "MAX_RATIO", 3.0)
+
+
+def run(data: Path, out: Path, *more: str) -> int:
+    given = ["--data", str(data), "--name", "tiny", "--out", str(out), "--device", "cpu", "--samples", "4"]
+    return quality.main([*given, "--work", str(out.parent / "work"), "--limit", "2", *more])
+
+
+def test_quality_writes_a_row_per_method_in_the_order_of_the_table(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quality-tiny.json"
+    assert run(data, out, "--rows", "prune-wanda,mixed,dense,joint") == 0
+    record = json.loads(out.read_text())
+    assert [row["key"] for row in record["rows"]] == ["dense", "joint", "mixed", "prune-wanda"]
+    dense, joint, mixed, pruned = record["rows"]
+    assert dense["bits_per_weight"] == 16.0 and dense["seconds"] is None
+    assert joint["bits_per_weight"] == 3.25 and pruned["bits_per_weight"] == 9.0
+    assert mixed["recipe"].endswith("% of weights 2:4 INT4, rest INT4")
+    assert 3.25 <= mixed["bits_per_weight"] <= 4.25
+    assert all(row["wiki"] > 1 and row["news"] > 1 for row in record["rows"])
+    assert "first 2 windows of 32 tokens" in record["protocol"]
+
+
+def test_quality_keeps_the_rows_that_a_record_has(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quality-tiny.json"
+    run(data, out, "--rows", "rtn", "--texts", "wiki")
+    record = json.loads(out.read_text())
+    assert record["rows"][0]["news"] is None
+    record["rows"][0]["wiki"] = 1.5
+    records.write(out, record)
+    run(data, out, "--rows", "rtn,dense", "--texts", "wiki")
+    assert [row["key"] for row in json.loads(out.read_text())["rows"]] == ["dense", "rtn"]
+    assert json.loads(out.read_text())["rows"][1]["wiki"] == 1.5
+    run(data, out, "--rows", "rtn", "--again")
+    assert json.loads(out.read_text())["rows"][1]["wiki"] != 1.5
+
+
+def test_quality_refuses_a_record_of_another_protocol(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quality-tiny.json"
+    records.write(out, {"protocol": "by eye", "rows": []})
+    with pytest.raises(ValueError) as caught:
+        run(data, out, "--rows", "dense")
+    assert str(caught.value) == (
+        "benchmarks.quality: the record must be of this protocol; got by eye. Choose another --out, or delete it."
+    )
+
+
+def test_quality_refuses_unknown_rows(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(data, tmp_path / "quality-tiny.json", "--rows", "dense,best")
+    assert "benchmarks.quality: --rows must be of dense, joint, " in capsys.readouterr().err
