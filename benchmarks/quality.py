@@ -7,9 +7,10 @@ Protocol: perplexity by `marlin.evaluate` in float32, windows of 1024 tokens wit
 the first 40; calibration on 16 windows of 1024 tokens of other articles, seed 0, shared by all rows; group_size 64. The
 mixed recipe is chosen on 2 calibration windows of 512 tokens that no row is calibrated on.
 
-A row that is in the record is not measured again (--again measures it anew). A row: key (of `METHODS`), model, method,
-recipe, wiki, news, bits_per_weight (of the decoder's linear layers), seconds (of compression, and of the choice where
-there is one), device, peak_memory_gib (of compression, model included). Runs on the CPU or on one GPU.
+A figure that is in the record is not measured again (--again measures the rows named anew). A row: key (of `METHODS`),
+model, method, recipe, wiki, news, bits_per_weight (of the decoder's linear layers), seconds (of compression, and of the
+choice where there is one; null when it was resumed), device, peak_memory_gib (of compression, model included). Runs on
+the CPU or on one GPU.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import json
 import pathlib
 import platform
 import re
+import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ from marlin.errors import message
 WINDOW, GROUP_SIZE, SEED = 1024, 64, 0
 MAX_RATIO, PROBE_WINDOWS, PROBE_TOKENS = 1.9, 2, 512
 DENSE, MIXED, JOINT = "dense", "mixed", "joint"
+TEXTS = ("wiki", "news")
 
 
 @dataclass(frozen=True)
@@ -147,63 +149,90 @@ def device_name(device: str) -> str:
     )
 
 
-def options(setting: Setting, key: str) -> Options:
-    """Of a compression whose finished blocks are kept under setting.work."""
+@dataclass
+class Made:
+    """A model by one method. result: None for the dense model. seconds: None where finished blocks were taken over."""
+
+    model: Any
+    result: Any
+    label: str
+    seconds: float | None
+
+
+def compress(material: Material, key: str, recipe: Recipe, label: str) -> Made:
+    """Compress the dense model; finished blocks are kept under setting.work and taken from there."""
+    setting, resumed = material.setting, False
 
     def show(event: Any) -> None:
+        nonlocal resumed
+        resumed |= event.stage == "resumed"
         print(f"\r{key}: block {event.done}/{event.total}, {event.seconds:.0f} s", end="", file=sys.stderr, flush=True)
 
-    return Options(device=setting.device, seed=SEED, resume_dir=setting.work / key, progress=show)
-
-
-def compressed(material: Material, key: str) -> tuple[Any, Any, str, float]:
-    """(model, result, recipe label, seconds) of one method; result is None for the dense model."""
-    setting, method = material.setting, METHODS[key]
     model = material.model()
-    if key == DENSE:
-        return model, None, method.label, 0.0
-    calibration, probe = material.windows()
+    options = Options(device=setting.device, seed=SEED, resume_dir=setting.work / key, progress=show)
+    result = marlin.compress.compress_model(model, material.windows()[0], recipe, options=options)
+    return Made(model, result, label, None if resumed else result.seconds)
+
+
+def choose(material: Material) -> tuple[Recipe, float | None]:
+    """The mixed recipe and the seconds of choosing it, or the one kept under setting.work and None."""
+    setting = material.setting
+    kept = setting.work / "mixed.json"
+    if kept.exists():
+        return Recipe.from_json(json.dumps(json.loads(kept.read_text(encoding="utf-8"))["recipe"])), None
+    weights = make(material, JOINT).result.weights
     started = time.perf_counter()
-    label, recipe = method.label, Recipe(default=method.recipe) if method.recipe is not None else None
-    chosen = 0.0
-    if recipe is None:
-        sparse = compressed(material, JOINT)[1]
-        started = time.perf_counter()
-        reference = model.to(setting.device)
-        choice = marlin.compress.sensitivity.choose(
-            reference, sparse.weights, probe, max_ratio=MAX_RATIO, options=Options(device=setting.device)
-        )
-        (setting.work / "mixed.json").write_text(choice.to_json(), encoding="utf-8")
-        recipe, chosen = choice.recipe, time.perf_counter() - started
-        model = material.model()
-    result = marlin.compress.compress_model(model, calibration, recipe, options=options(setting, key))
-    if key == MIXED:
-        share = sum(row.n * row.k for row in result.report if row.kind == "w4a16_sp24")
-        label = f"{share / sum(row.n * row.k for row in result.report):.0%} of weights 2:4 INT4, rest INT4"
-    return model, result, label, chosen + result.seconds
+    choice = marlin.compress.sensitivity.choose(
+        material.model().to(setting.device),
+        weights,
+        material.windows()[1],
+        max_ratio=MAX_RATIO,
+        options=Options(device=setting.device),
+    )
+    kept.write_text(choice.to_json(), encoding="utf-8")
+    return choice.recipe, time.perf_counter() - started
 
 
-def measure(material: Material, key: str) -> dict[str, Any]:
-    """The row of one method."""
+def make(material: Material, key: str) -> Made:
+    """The model of one method."""
+    method = METHODS[key]
+    if key == DENSE:
+        return Made(material.model(), None, method.label, None)
+    if method.recipe is not None:
+        return compress(material, key, Recipe(default=method.recipe), method.label)
+    recipe, seconds = choose(material)
+    made = compress(material, key, recipe, "")
+    sparse = sum(row.n * row.k for row in made.result.report if row.kind == "w4a16_sp24")
+    made.label = f"{sparse / sum(row.n * row.k for row in made.result.report):.0%} of weights 2:4 INT4, rest INT4"
+    made.seconds = None if seconds is None or made.seconds is None else seconds + made.seconds
+    return made
+
+
+def measure(material: Material, key: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row of one method; what the given row already has of it is kept."""
     setting = material.setting
     reset_peak(setting.device)
-    model, result, label, seconds = compressed(material, key)
+    made = make(material, key)
     peak = peak_gib(setting.device)
-    model.to(setting.device)
-    found: dict[str, float | None] = {"wiki": None, "news": None}
-    for name in setting.texts:
-        value = marlin.evaluate.perplexity(model, material.stream(name), window=WINDOW, limit=setting.limit)
+    made.model.to(setting.device)
+    found = {name: row.get(name) for name in TEXTS}
+    for name in (name for name in setting.texts if found[name] is None):
+        value = marlin.evaluate.perplexity(made.model, material.stream(name), window=WINDOW, limit=setting.limit)
         found[name] = round(value, 2)
         print(f"\r{key}: {name} perplexity {value:.2f}          ", file=sys.stderr, flush=True)
+    cost = {
+        "seconds": None if made.seconds is None else round(made.seconds, 1),
+        "device": device_name(setting.device),
+        "peak_memory_gib": None if made.seconds is None else peak,
+    }
     return {
+        "key": key,
         "model": setting.name,
         "method": METHODS[key].method,
-        "recipe": label,
+        "recipe": made.label,
         **found,
-        "bits_per_weight": 16.0 if result is None else round(result.bits_per_weight(), 3),
-        "seconds": None if result is None else round(seconds, 1),
-        "device": device_name(setting.device),
-        "peak_memory_gib": None if result is None else peak,
+        "bits_per_weight": 16.0 if made.result is None else round(made.result.bits_per_weight(), 3),
+        **(cost if made.seconds is not None or not row else {name: row[name] for name in cost}),
     }
 
 
@@ -223,24 +252,28 @@ def header(setting: Setting) -> dict[str, Any]:
     }
 
 
-def update(
-    path: pathlib.Path, setting: Setting, keys: list[str], again: bool, work: Callable[[str], dict[str, Any]]
-) -> dict[str, Any]:
+def update(path: pathlib.Path, material: Material, keys: list[str], again: bool) -> dict[str, Any]:
     """Measure what the record at path lacks, writing it after each row; returns the record.
 
     Raises: ValueError (the record was made by another protocol).
     """
+    setting = material.setting
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**header(setting), "rows": []}
     if record["protocol"] != header(setting)["protocol"]:
         fix = "Choose another --out, or delete it."
         raise ValueError(message("benchmarks.quality", "the record must be of this protocol", record["protocol"], fix))
     rows = {row["key"]: row for row in record["rows"]}
+    if again:
+        for key in keys:
+            rows.pop(key, None)
+            shutil.rmtree(setting.work / key, ignore_errors=True)
+            (setting.work / f"{key}.json").unlink(missing_ok=True)
     for key in keys:
-        if key in rows and not again:
+        row = rows.get(key, {})
+        if row and all(row[name] is not None for name in setting.texts):
             continue
-        rows[key] = {"key": key, **work(key)}
-        ordered = [rows[name] for name in METHODS if name in rows]
-        record = {**header(setting), "rows": ordered}
+        rows[key] = measure(material, key, row)
+        record = {**header(setting), "rows": [rows[name] for name in METHODS if name in rows]}
         records.write(path, record)
     return record
 
@@ -254,14 +287,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows")
     parser.add_argument("--limit", type=int, default=40, help="windows of each text")
-    parser.add_argument("--texts", default="wiki,news", help="of wiki, news")
+    parser.add_argument("--texts", default=",".join(TEXTS), help=f"of {', '.join(TEXTS)}")
     parser.add_argument("--rows", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--again", action="store_true", help="measure rows that the record already has")
     given = parser.parse_args(arguments)
     keys = [key for key in METHODS if key in given.rows.split(",")]
-    unknown = sorted(set(given.rows.split(",")) - set(METHODS))
-    if unknown:
-        parser.error(message("benchmarks.quality", f"--rows must be of {', '.join(METHODS)}", ", ".join(unknown)))
+    for option, values, known in (("rows", given.rows, METHODS), ("texts", given.texts, TEXTS)):
+        unknown = sorted(set(values.split(",")) - set(known))
+        if unknown:
+            parser.error(message("benchmarks.quality", f"--{option} must be of {', '.join(known)}", ", ".join(unknown)))
     work = given.work or given.data / "quality"
     work.mkdir(parents=True, exist_ok=True)
     setting = Setting(
@@ -269,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     material = Material(setting)
     path = given.out or records.RECORDS / f"quality-{given.name.lower()}.json"
-    update(path, setting, keys, given.again, lambda key: measure(material, key))
+    update(path, material, keys, given.again)
     print(path)
     return 0
 

@@ -67,7 +67,7 @@ def test_quality_writes_a_row_per_method_in_the_order_of_the_table(data: Path, t
     assert "first 2 windows of 32 tokens" in record["protocol"]
 
 
-def test_quality_keeps_the_rows_that_a_record_has(data: Path, tmp_path: Path) -> None:
+def test_quality_keeps_the_figures_that_a_record_has(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "quality-tiny.json"
     run(data, out, "--rows", "rtn", "--texts", "wiki")
     record = json.loads(out.read_text())
@@ -77,6 +77,11 @@ def test_quality_keeps_the_rows_that_a_record_has(data: Path, tmp_path: Path) ->
     run(data, out, "--rows", "rtn,dense", "--texts", "wiki")
     assert [row["key"] for row in json.loads(out.read_text())["rows"]] == ["dense", "rtn"]
     assert json.loads(out.read_text())["rows"][1]["wiki"] == 1.5
+    before = json.loads(out.read_text())["rows"][1]
+    run(data, out, "--rows", "rtn")
+    after = json.loads(out.read_text())["rows"][1]
+    assert after["news"] > 1
+    assert {**after, "news": None} == before
     run(data, out, "--rows", "rtn", "--again")
     assert json.loads(out.read_text())["rows"][1]["wiki"] != 1.5
 
