@@ -1,4 +1,4 @@
-"""The kernels' own text, built for the host with g++ and run thread by thread (kernel_on_cpu/ptx.cuh says how).
+"""The kernels' own text, built for the host with g++ and run thread by thread (kernel_on_cpu/host.h says how).
 
 Proves schedule, pipeline, fragment order, tails, sums over warps and blocks, and the epilogue without a GPU. What it
 cannot prove: the hardware's instructions themselves, and races that need two memory accesses at the same instant.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,48 +17,20 @@ from marlin.formats import Weight
 from marlin.formats.layouts import pack
 from marlin.runtime.config import TileConfig, all_configs
 from marlin.runtime.cost import geometry
-from marlin.runtime.driver import DeviceInfo
 from marlin.runtime.plan import make_plan
 from marlin.runtime.problem import Problem
+from marlin.runtime.source import Variant
 from marlin.testing import tolerance
 from marlin.testing.cases import random_weight
+from tests.kernel_on_cpu.machine import GPU, Fault, built, check_run
 
-HERE = Path(__file__).parent / "kernel_on_cpu"
-KERNELS = Path(__file__).parent.parent / "src" / "marlin" / "kernels"
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build the kernels for the host")
-# A GPU with few multiprocessors: small problems then have whole and split tiles, and blocks that meet two of them.
-GPU = DeviceInfo(0, "host", (9, 0), 3, 232448, 50 << 20, 1_000_000, 1e12)
 
 
-# A fault that changes nothing.
-_NONE = ("\n", "\n")
-
-
-@cache
 def _built(
-    config: TileConfig, kind: str, dtype: torch.dtype, group_size: int, folder: Path, fault: tuple[str, str] = _NONE
+    config: TileConfig, kind: str, dtype: torch.dtype, group_size: int, folder: Path, *fault: Fault
 ) -> ctypes.CDLL:
-    """The variant as a shared library; fault: kernel text to find and what to put there."""
-    folder = folder / str(abs(hash(fault)))
-    source = folder / "source"
-    if not source.exists():
-        shutil.copytree(KERNELS, source)
-        for file in HERE.iterdir():
-            shutil.copy(file, source / file.name)
-        found = 0
-        for header in source.glob("s*.cuh"):
-            found += fault[0] in (text := header.read_text())
-            header.write_text(text.replace(*fault))
-        assert found, f"no kernel text has {fault[0]!r}"
-    group = "marlin::kWholeRow" if group_size == -1 else group_size
-    flags = (int(kind == "w4a16_sp24"), int(dtype == torch.bfloat16), group)
-    extents = (config.block_m, config.block_n, config.block_k, config.stages, config.warps_m, config.warps_n)
-    tile = ",".join(map(str, (*flags, *extents, config.warps_k)))
-    library = folder / f"{kind}-{config.tag}-{group_size}-{dtype}.so"
-    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-DTILE={tile}", "-o", str(library)]
-    result = subprocess.run([*command, str(source / "harness.cpp")], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return ctypes.CDLL(str(library))
+    return built(Variant(kind, str(dtype).removeprefix("torch."), group_size, config), folder, *fault)
 
 
 def _run(
@@ -74,7 +44,6 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, tickets) of one launch; out, the head of `space` where given, and workspace start as NaN."""
     packed = pack(weight)
-    assert library.smem_bytes() == config.smem_bytes(packed.kind, packed.group_size)
     name = str(act.dtype).removeprefix("torch.")
     problem = Problem(act.shape[0], packed.n, packed.k, packed.group_size, name, packed.kind)
     plan, shape = make_plan(problem, GPU, config), geometry(config, problem, GPU)
@@ -85,8 +54,7 @@ def _run(
     numbers = (ctypes.c_int * 10)(problem.m, problem.n, problem.k, act.stride(0), *shape[1:])
     tensors = (act, packed.codes, packed.meta, packed.scales, bias, out, workspace, tickets)
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-    violations = library.run(*pointers, numbers, shape.grid, seed)
-    assert violations == 0, f"{violations} instructions were given operands that they do not define"
+    check_run(library.run(*pointers, numbers, shape.grid, seed))
     return out, tickets
 
 

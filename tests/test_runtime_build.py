@@ -22,6 +22,9 @@ class Variant:
     smem_bytes: int = 4096
     threads: int = 128
 
+    def target(self, arch: str) -> str | None:
+        return arch
+
     def render(self) -> str:
         return f'extern "C" __global__ void __launch_bounds__({self.threads}) {self.entry}(int* x) {{ {self.body} }}\n'
 

@@ -37,7 +37,7 @@ class Launch:
     block: tuple[int, int, int]
     smem: int
     stream: int
-    pdl: bool
+    attributes: list[tuple[int, ...]]
     function: int
     context: int | None
     values: list[object]
@@ -151,12 +151,11 @@ class FakeCuda:
 
     def _cuLaunchKernelEx(self, config, function, params, extra):
         *extents, smem, stream, attribute, count = struct.unpack("@7IPPI", ctypes.string_at(config, 52))
-        if count:
-            assert struct.unpack("@I4xi60x", ctypes.string_at(attribute, 72)) == (6, 1)
+        found = [struct.unpack("@I4x3I52x", ctypes.string_at(attribute + 72 * i, 72)) for i in range(count)]
         pointers = [at(params + 8 * i, P).value for i in range(len(self.types))]
         values = [at(pointer, kind).value for pointer, kind in zip(pointers, self.types, strict=True)]
         grid, block = tuple(extents[:3]), tuple(extents[3:])
-        self.launches.append(Launch(grid, block, smem, stream, bool(count), function, self.context, values))
+        self.launches.append(Launch(grid, block, smem, stream, found, function, self.context, values))
 
     def _cuStreamGetCaptureInfo_v2(self, stream, status, number, graph, dependencies, count):
         assert (graph, dependencies, count) == (None, None, None)
@@ -165,7 +164,7 @@ class FakeCuda:
 
 
 def forget() -> None:
-    for function in (driver._open, driver._library, driver.device_info, driver._primary_context):
+    for function in (driver._open, driver.libcuda, driver.device_info, driver._primary_context):
         function.cache_clear()
     driver._thread = threading.local()
 
@@ -292,6 +291,9 @@ def test_constants_agree_with_the_bindings():
         driver._CAPTURE_MODE_RELAXED: bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED,
         driver._CAPTURE_ACTIVE: bindings.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE,
         6: bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        4: bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        5: bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE,
+        1: bindings.CUclusterSchedulingPolicy.CU_CLUSTER_SCHEDULING_POLICY_SPREAD,
     }
     assert [(ours, int(theirs)) for ours, theirs in named.items() if ours != int(theirs)] == []
     result = bindings.CUresult
@@ -315,13 +317,14 @@ def test_constants_agree_with_the_bindings():
 
 def test_load_kernel_loads_in_relaxed_capture_mode_and_puts_the_mode_back(cuda):
     load()
-    assert cuda.calls == [("mode", 2), ("load", b"image", OURS), ("function", 0x77, b"entry"), ("mode", 0)]
+    asked = ("attribute", 0x88, 8, 0)
+    assert cuda.calls == [("mode", 2), ("load", b"image", OURS), ("function", 0x77, b"entry"), asked, ("mode", 0)]
 
 
-@pytest.mark.parametrize(("smem_bytes", "asked"), [(0, False), (49152, False), (49153, True), (200000, True)])
-def test_load_kernel_asks_for_shared_memory_beyond_48_kib(cuda, smem_bytes, asked):
+@pytest.mark.parametrize("smem_bytes", [0, 49152, 200000])
+def test_load_kernel_asks_for_its_shared_memory(cuda, smem_bytes):
     load(smem_bytes=smem_bytes)
-    assert (("attribute", 0x88, 8, smem_bytes) in cuda.calls) == asked
+    assert ("attribute", 0x88, 8, smem_bytes) in cuda.calls
 
 
 @pytest.mark.parametrize("before", [OTHER, None])
@@ -333,7 +336,7 @@ def test_load_kernel_uses_the_context_of_its_gpu_and_gives_the_callers_back(cuda
 
 
 def test_load_kernel_refuses_an_unknown_signature(cuda):
-    with pytest.raises(ValueError, match=r"^load_kernel: signature may hold P, i, l and f; got dx\.$"):
+    with pytest.raises(ValueError, match=r"^load_kernel: signature may hold P, i, l, f and T; got dx\.$"):
         load("Pxid")
 
 
@@ -404,10 +407,17 @@ def test_launch_passes_every_argument_and_extent(cuda):
     kernel = load("PiflIP".replace("I", "i"), smem_bytes=70000)
     kernel.launch((5, 6, 7), 256, 0xABC, (2**47 + 16, -5, 0.5, -(2**40), 2**31 - 1, 0))
     assert cuda.launches == [
-        Launch(
-            (5, 6, 7), (256, 1, 1), 70000, 0xABC, False, 0x88, OURS, [2**47 + 16, -5, 0.5, -(2**40), 2**31 - 1, None]
-        )
+        Launch((5, 6, 7), (256, 1, 1), 70000, 0xABC, [], 0x88, OURS, [2**47 + 16, -5, 0.5, -(2**40), 2**31 - 1, None])
     ]
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("cluster", [0, 1, 4])
+def test_launch_asks_for_early_start_and_for_clusters_spread_over_multiprocessors(cuda, pdl, cluster):
+    cuda.types = (I,)
+    load("i").launch((8, 1, 1), 32, 0, (1,), pdl=pdl, cluster=cluster)
+    spread = [(4, cluster, 1, 1), (5, 1, 0, 0)] if cluster > 1 else []
+    assert cuda.launches[0].attributes == [(6, 1, 0, 0)] * pdl + spread
 
 
 def test_launch_uses_new_values_each_time_and_pdl_only_when_asked(cuda):
@@ -415,7 +425,7 @@ def test_launch_uses_new_values_each_time_and_pdl_only_when_asked(cuda):
     kernel = load("iP")
     for number, pdl in ((1, False), (2, True), (3, False)):
         kernel.launch((number, 1, 1), 32, 0, (number, 16 * number), pdl=pdl)
-    assert [(launch.values, launch.grid[0], launch.pdl) for launch in cuda.launches] == [
+    assert [(launch.values, launch.grid[0], bool(launch.attributes)) for launch in cuda.launches] == [
         ([1, 16], 1, False),
         ([2, 32], 2, True),
         ([3, 48], 3, False),

@@ -10,7 +10,7 @@ import pytest
 
 from marlin.errors import UnsupportedError
 from marlin.runtime import Problem, TileConfig, all_configs, candidates, make_plan, why_illegal
-from marlin.runtime.config import MAX_WORKSPACE_BYTES, resident_blocks
+from marlin.runtime.config import MAX_WORKSPACE_BYTES, Config, resident_blocks
 from marlin.runtime.cost import cost_us, geometry
 from marlin.runtime.driver import DeviceInfo
 from marlin.runtime.problem import DTYPES, KINDS
@@ -71,11 +71,13 @@ def test_every_problem_has_a_legal_plan_on_every_supported_gpu(device: DeviceInf
 
 
 @pytest.mark.parametrize("config", all_configs("w4a16_sp24"), ids=lambda c: c.tag)
-def test_geometry_gives_every_chunk_to_exactly_one_block(config: TileConfig) -> None:
+def test_geometry_gives_every_chunk_to_exactly_one_block(config: Config) -> None:
     for m, n, k in ((1, 8, 32), (16, 4096, 4096), (100, 6144, 4096), (257, 200, 14336), (4096, 4096, 1024)):
         problem = Problem(m, n, k, -1, "float16", "w4a16_sp24")
         shape = geometry(config, problem, H200)
-        assert 1 <= shape.grid <= resident_blocks(config, problem, H200)
+        assert 1 <= shape.grid and (config.cluster or shape.grid <= resident_blocks(config, problem, H200))
+        if config.cluster:
+            assert shape.stripe_chunks * config.cluster == shape.num_chunks, "a block stays within a tile"
         tiles, chunks = shape.num_m_tiles * shape.num_n_tiles, shape.num_chunks
         owner: dict[tuple[int, int], int] = {}
         for block in range(shape.grid):
@@ -107,14 +109,15 @@ def test_candidates_are_sorted_and_say_why_the_rest_is_out() -> None:
     assert {row.config for row in rows} == set(all_configs("w4a16_sp24"))
 
 
-def _timings() -> list[tuple[Problem, TileConfig, float]]:
+def _timings() -> list[tuple[Problem, Config, float]]:
     record = json.loads(TILES.read_text())
+    configs = {config.tag: config for kind in KINDS for config in all_configs(kind)}
     rows = []
     for row in record["rows"]:
-        if row["impl"] == "marlin":
-            tile, stages, warps, ctas = row["config"].split("_")
-            config = TileConfig(*map(int, tile.split("x")), int(stages[1:]), *map(int, warps[1:]), int(ctas[1:]))
-            rows.append((Problem(row["m"], row["n"], row["k"], 128, "float16", row["op"]), config, row["us"]))
+        problem = Problem(row["m"], row["n"], row["k"], 128, "float16", row["op"])
+        if row["config"] in configs:
+            rows.append((problem, configs[row["config"]], row["us"]))
+    assert len(rows) > 500, "the record must hold timings of the tiles in use"
     return rows
 
 
@@ -130,3 +133,14 @@ def test_cost_model_picks_a_config_near_the_best_timed_one() -> None:
         timed.setdefault(problem, []).append((cost_us(config, problem, H200), us))
     regrets = [min(rows)[1] / min(us for _, us in rows) for rows in timed.values() if len(rows) > 1]
     assert sum(regrets) / len(regrets) < 1.06
+
+
+def test_hopper_kernels_are_chosen_on_hopper_alone() -> None:
+    assert make_plan(PROBLEM, H200).config.family == "sm90"
+    assert make_plan(PROBLEM._replace(k=4128, group_size=32), H200).config.family == "sm80", "K is no multiple of 64"
+    assert make_plan(PROBLEM, A100).config.family == "sm80"
+    config = all_configs("w4a16_sp24")[-1]
+    reason = f"{config.tag} needs compute capability 9.0; got 8.0 (NVIDIA A100)."
+    assert why_illegal(config, PROBLEM, A100) == reason
+    reason = f"{config.tag} needs K to be a multiple of 64; got K=4128."
+    assert why_illegal(config, PROBLEM._replace(k=4128, group_size=32), H200) == reason

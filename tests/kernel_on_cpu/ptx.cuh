@@ -1,122 +1,7 @@
 // Stands in for src/marlin/kernels/ptx.cuh when the kernels are built for the host: the same wrappers, computed by the
-// semantics of the PTX ISA. A GPU thread is a fiber; an instruction that involves a whole warp, or a barrier, waits
-// until all have come. Copies of cp.async land as late as cp.async.wait_group allows, and the order of fibers is
-// random, so that a missing wait or barrier shows as a wrong number.
+// semantics of the PTX ISA on the machine of host.h. Copies of cp.async land as late as cp.async.wait_group allows.
 #pragma once
-#include <ucontext.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <vector>
-
-#define __device__
-#define __forceinline__ inline
-#define __shared__ static
-using std::max;
-using std::min;
-struct float4 {
-    float x, y, z, w;
-};
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-struct Index {
-    int x;
-};
-
-namespace host {
-
-struct Copy {
-    uint32_t smem;
-    const void* gmem;
-    int bytes;
-};
-struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
-    int tid;
-    bool done;
-    std::vector<std::vector<Copy>> groups;  // committed
-    std::vector<Copy> open;                 // not yet
-};
-struct Group {  // of fibers that meet
-    int size, count = 0, generation = 0;
-};
-struct Warp {
-    Group group{32};
-    uint32_t in[32][16], out[32][8];
-    float sums[32][4];
-};
-
-inline ucontext_t scheduler;
-inline std::vector<Fiber> fibers;
-inline std::vector<Warp> warps;
-inline Group block;
-inline Fiber* self;
-inline char* smem;
-inline Index block_index, grid_size;
-
-inline int violations;  // of an instruction's preconditions
-
-inline void yield() { swapcontext(&self->context, &scheduler); }
-template <class F>
-void meet(Group& group, F last) {
-    const int generation = group.generation;
-    if (++group.count == group.size) {
-        last();
-        group.count = 0;
-        ++group.generation;
-    } else {
-        while (group.generation == generation) yield();
-    }
-}
-inline Warp& warp() { return warps[self->tid / 32]; }
-inline int lane() { return self->tid % 32; }
-
-inline float half_to_float(uint32_t bits, bool bf16) {
-    if (bf16) {
-        bits <<= 16;
-        float value;
-        memcpy(&value, &bits, 4);
-        return value;
-    }
-    _Float16 value;
-    const uint16_t low = static_cast<uint16_t>(bits);
-    memcpy(&value, &low, 2);
-    return static_cast<float>(value);
-}
-inline uint32_t double_to_half(double value, bool bf16) {
-    if (!bf16) {
-        const _Float16 rounded = static_cast<_Float16>(value);
-        uint16_t bits;
-        memcpy(&bits, &rounded, 2);
-        return bits;
-    }
-    float single = static_cast<float>(value);
-    // Round to odd in fp32 first, so that the second rounding is as one.
-    uint32_t bits;
-    memcpy(&bits, &single, 4);
-    if (static_cast<double>(single) != value && std::isfinite(single)) {
-        if (std::fabs(static_cast<double>(single)) > std::fabs(value)) --bits;
-        bits |= 1;
-    }
-    if ((bits & 0x7f800000u) == 0x7f800000u) return bits >> 16;
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-inline uint32_t pair_of(double low, double high, bool bf16) {
-    return double_to_half(low, bf16) | double_to_half(high, bf16) << 16;
-}
-inline float half_of(uint32_t word, int half, bool bf16) { return half_to_float(word >> (16 * half) & 0xffff, bf16); }
-
-}  // namespace host
-
-#define threadIdx (Index{host::self->tid})
-#define blockIdx host::block_index
-#define gridDim host::grid_size
-inline void __syncthreads() { host::meet(host::block, [] {}); }
-inline void __syncwarp() { host::meet(host::warp().group, [] {}); }
+#include "host.h"
 
 namespace marlin {
 
@@ -126,7 +11,9 @@ using u64 = unsigned long long;
 
 inline int thread_index() { return host::self->tid; }
 inline int opaque(int value) { return value; }
-inline u32 smem_address(const void* pointer) { return static_cast<u32>(static_cast<const char*>(pointer) - host::smem); }
+inline u32 smem_address(const void* pointer) {
+    return static_cast<u32>(static_cast<const char*>(pointer) - host::self->block->smem.data()) + host::kSmemBase;
+}
 inline void cp_async_16(u32 smem, const void* gmem, int source_bytes = 16) {
     host::self->open.push_back({smem, gmem, source_bytes});
 }
@@ -139,30 +26,31 @@ void cp_async_wait() {
     auto& groups = host::self->groups;
     while (static_cast<int>(groups.size()) > kPending) {
         for (const auto& copy : groups.front()) {
-            memset(host::smem + copy.smem, 0, 16);
-            memcpy(host::smem + copy.smem, copy.gmem, copy.bytes);
+            char* to = host::smem_at(copy.smem, 16);
+            memset(to, 0, 16);
+            memcpy(to, copy.gmem, copy.bytes);
         }
         groups.erase(groups.begin());
     }
 }
 template <int kWords>
 void load_smem(u32 (&word)[kWords], u32 smem) {
-    host::violations += smem % (4 * kWords) != 0;
-    memcpy(word, host::smem + smem, 4 * kWords);
+    host::require(smem % (4 * kWords) == 0);
+    memcpy(word, host::smem_at(smem, 4 * kWords), 4 * kWords);
 }
-inline void store_smem(u32 smem, u32 word) { memcpy(host::smem + smem, &word, 4); }
+inline void store_smem(u32 smem, u32 word) { memcpy(host::smem_at(smem, 4), &word, 4); }
 inline void store_gmem(void* gmem, const u32 (&word)[4]) {
-    host::violations += reinterpret_cast<uintptr_t>(gmem) % 16 != 0;
+    host::require(reinterpret_cast<uintptr_t>(gmem) % 16 == 0);
     memcpy(gmem, word, 16);
 }
 inline void ldmatrix_x4(u32 (&frag)[4], u32 smem) {
     host::Warp& w = host::warp();
-    host::violations += smem % 16 != 0;
+    host::require(smem % 16 == 0);
     w.in[host::lane()][0] = smem;
     host::meet(w.group, [&] {
         for (int lane = 0; lane < 32; ++lane)
             for (int i = 0; i < 4; ++i)
-                memcpy(&w.out[lane][i], host::smem + w.in[8 * i + lane / 4][0] + lane % 4 * 4, 4);
+                memcpy(&w.out[lane][i], host::smem_at(w.in[8 * i + lane / 4][0] + lane % 4 * 4, 4), 4);
     });
     memcpy(frag, w.out[host::lane()], 16);
 }
@@ -228,7 +116,7 @@ void compute_sparse(host::Warp& w) {
         for (int j = 0; j < 8; ++j) {
             const u32 meta = w.in[4 * g + 2 * kSelector + j / 4][8] >> (4 * (j % 4) + 16 * hi) & 15;
             const int i0 = meta & 3, i1 = meta >> 2;
-            host::violations += i0 >= i1;  // undefined with ordered metadata
+            host::require(i0 < i1);  // undefined with ordered metadata
             const u32 word = w.in[4 * g + j % 4][2 * (j / 4) + hi];
             dense[4 * j + i0] = host::half_of(word, 0, kBf16);
             dense[4 * j + i1] = host::half_of(word, 1, kBf16);

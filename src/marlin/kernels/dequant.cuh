@@ -4,6 +4,9 @@
 
 namespace marlin {
 
+// Group size of weights with one scale per row: longer than any row, and a multiple of every chunk.
+constexpr int kWholeRow = 1 << 30;
+
 // Register r of an A fragment from a packed word: nibbles r (low half) and r + 4 (high half), each code + 8.
 //
 // Why: OR-ing a nibble into the mantissa of a power of two makes a float without a conversion. fp16 1024 leaves ten

@@ -136,7 +136,7 @@ __device__ __forceinline__ void multiply_step(Sums<T>& acc, const u32 (&a)[T::kF
 template <class T>
 __device__ __forceinline__ void multiply_chunk(Sums<T>& acc, u32 stage, const Thread<T>& th) {
     const u32 act = stage + th.warp_m * T::kFragsM * 8 * T::kActRowBytes;
-#pragma unroll
+#pragma unroll(T::kLarge ? 1 : T::kTilesK / T::WARPS_K)
     for (int kt = 0; kt < T::kTilesK / T::WARPS_K; ++kt) {
         const int tile_k = kt * T::WARPS_K + th.warp_k;
         PackedTile<T> tile;

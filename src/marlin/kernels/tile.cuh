@@ -1,6 +1,6 @@
 // What the parts of the kernel share: its arguments, a variant's extents, a thread's place, the sums.
 #pragma once
-#include "ptx.cuh"
+#include "dequant.cuh"
 #include "schedule.cuh"
 
 namespace marlin {
@@ -18,9 +18,6 @@ struct Args {
     int act_stride;  // elements from token to token
     Schedule schedule;
 };
-
-// Group size of weights with one scale per row: longer than any row, and a multiple of every chunk.
-constexpr int kWholeRow = 1 << 30;
 
 template <bool kSparse_, bool kBf16_, int kGroupSize_, int BLOCK_M_, int BLOCK_N_, int BLOCK_K_, int STAGES_,
           int WARPS_M_, int WARPS_N_, int WARPS_K_>

@@ -29,6 +29,7 @@ class BuildVariant(Protocol):
     def smem_bytes(self) -> int: ...
     @property
     def threads(self) -> int: ...
+    def target(self, arch: str) -> str | None: ...
     def render(self) -> str: ...
 
 
@@ -143,7 +144,7 @@ def build_all(
     options: tuple[str, ...] = (),
     progress: Callable[[BuildRow], None] | None = None,
 ) -> list[BuildRow]:
-    """Compile every variant for every architecture, and keep the machine code in the cache.
+    """Compile every variant for every architecture that it runs on, and keep the machine code in the cache.
 
     jobs: processes (1 compiles here; None takes `default_jobs`); store: whether to fill the cache; options: as
     `compiler.flags`; progress: called with each row, in order. Rows: variants in order, architectures within.
@@ -156,10 +157,10 @@ def build_all(
     for arch in archs:
         compiler.check_arch(arch)
     tasks = [
-        _Task(text, variant.name, variant.entry, arch, variant.smem_bytes, variant.threads, options)
+        _Task(text, variant.name, variant.entry, target, variant.smem_bytes, variant.threads, options)
         for variant in variants
         for text in (variant.render(),)
-        for arch in archs
+        for target in dict.fromkeys(filter(None, map(variant.target, archs)))
     ]
     rows = []
     for task, (row, image) in zip(tasks, _results(tasks, jobs), strict=True):

@@ -1,4 +1,4 @@
-"""The tile configurations of `sm80_w4a16_*`, and the one statement of which are legal where.
+"""The tile configurations of all kernels, and the one statement of which are legal where.
 
 Pure Python: knows shapes and limits, not how kernels are compiled or launched.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from marlin.runtime.config_sm90 import WarpgroupConfig
 from marlin.runtime.problem import DTYPES, KINDS, Problem
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class TileConfig:
     warps_n: int
     warps_k: int
     ctas_per_sm: int
+
+    family = "sm80"
+    cluster = 0
 
     @property
     def threads(self) -> int:
@@ -71,9 +75,30 @@ _CONFIGS = (
 )
 
 
-def all_configs(kind: str) -> tuple[TileConfig, ...]:
-    """The configurations built for a kind, smallest token tile first."""
-    return _CONFIGS
+_CONFIGS_SM90 = (
+    WarpgroupConfig(8, 1, 4, 512, 4, 1, 2, 2),
+    WarpgroupConfig(8, 4, 1, 256, 4, 1, 1, 1),
+    WarpgroupConfig(16, 1, 4, 512, 3, 1, 2, 2),
+    WarpgroupConfig(16, 2, 2, 256, 6, 1, 1, 0),
+    WarpgroupConfig(16, 4, 1, 256, 4, 1, 1, 1),
+    WarpgroupConfig(32, 2, 2, 256, 4, 1, 1, 0),
+    WarpgroupConfig(32, 2, 2, 256, 4, 1, 1, 2),
+    WarpgroupConfig(32, 4, 1, 128, 6, 1, 1, 1),
+    WarpgroupConfig(64, 2, 2, 256, 3, 1, 1, 0),
+    WarpgroupConfig(64, 2, 2, 256, 3, 1, 1, 2),
+    WarpgroupConfig(64, 4, 1, 128, 5, 1, 1, 0),
+    WarpgroupConfig(64, 4, 1, 128, 5, 1, 1, 1),
+    WarpgroupConfig(128, 2, 1, 128, 4, 1, 1, 2),
+    WarpgroupConfig(128, 4, 1, 128, 4, 1, 1, 0),
+    WarpgroupConfig(128, 4, 1, 128, 4, 1, 1, 1),
+    WarpgroupConfig(128, 4, 1, 128, 4, 1, 1, 2),
+)
+Config = TileConfig | WarpgroupConfig
+
+
+def all_configs(kind: str) -> tuple[Config, ...]:
+    """The configurations built for a kind, family by family, smallest token tile first."""
+    return (*_CONFIGS, *_CONFIGS_SM90)
 
 
 def why_illegal_problem(problem: Problem) -> str | None:
@@ -95,7 +120,7 @@ def why_illegal_problem(problem: Problem) -> str | None:
     return None
 
 
-def why_illegal(config: TileConfig, problem: Problem, device: DeviceInfo) -> str | None:
+def why_illegal(config: Config, problem: Problem, device: DeviceInfo) -> str | None:
     """Why `config` cannot compute `problem` on `device`, in a sentence, or None when it can."""
     reason = why_illegal_problem(problem)
     if reason is not None:
@@ -104,6 +129,10 @@ def why_illegal(config: TileConfig, problem: Problem, device: DeviceInfo) -> str
         return (
             f"the GPU must have compute capability 8.0 or newer; got {device.arch[0]}.{device.arch[1]} ({device.name})."
         )
+    if config.family == "sm90" and device.arch != (9, 0):
+        return f"{config.tag} needs compute capability 9.0; got {device.arch[0]}.{device.arch[1]} ({device.name})."
+    if config.family == "sm90" and problem.k % 64:
+        return f"{config.tag} needs K to be a multiple of 64; got K={problem.k}."
     smem = config.smem_bytes(problem.kind, problem.group_size)
     if smem + _STATIC_SMEM_BYTES > device.smem_optin_bytes:
         return (
@@ -114,8 +143,12 @@ def why_illegal(config: TileConfig, problem: Problem, device: DeviceInfo) -> str
     return None
 
 
-def resident_blocks(config: TileConfig, problem: Problem, device: DeviceInfo) -> int:
-    """Blocks of a legal configuration that run at once on the whole GPU."""
+def blocks_that_fit(config: Config, problem: Problem, device: DeviceInfo) -> int:
+    """Blocks of a legal configuration whose shared memory fits on a multiprocessor, at least 1."""
     block = config.smem_bytes(problem.kind, problem.group_size) + _STATIC_SMEM_BYTES + _DRIVER_SMEM_BYTES
-    fitting = (device.smem_optin_bytes + _DRIVER_SMEM_BYTES) // block
-    return device.num_sms * max(1, min(config.ctas_per_sm, fitting))
+    return max(1, (device.smem_optin_bytes + _DRIVER_SMEM_BYTES) // block)
+
+
+def resident_blocks(config: Config, problem: Problem, device: DeviceInfo) -> int:
+    """Blocks of a legal configuration that run at once on the whole GPU."""
+    return device.num_sms * min(config.ctas_per_sm, blocks_that_fit(config, problem, device))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from marlin.runtime.config import TileConfig, resident_blocks
+from marlin.runtime.config import Config, TileConfig, blocks_that_fit, resident_blocks
+from marlin.runtime.config_sm90 import WarpgroupConfig
 from marlin.runtime.problem import Problem
 
 if TYPE_CHECKING:
@@ -28,23 +29,33 @@ class ArchModel(NamedTuple):
     clock_share: float
 
 
-# Why: 8.6, 8.9 and 12.0 run fp32 accumulation at half rate. The row of 9.0, like the constants below, is fitted to 255
-# timings of 24 tiles on the four layers of a Llama-3.1-8B block at M = 1 to 4096 (NVIDIA H200, CUDA 13.0, 2026-11-23;
-# mean error 5 %); the other rows scale it by the published instruction rates.
+# Why: 8.6, 8.9 and 12.0 run fp32 accumulation at half rate. The row of 9.0, like the constants below, is fitted to 520
+# timings of the tiles on the four layers of a Llama-3.1-8B block at M = 1 to 4096 (NVIDIA H200, CUDA 13.0, 2026-11-23;
+# root mean square error 7.5 %); the other rows scale it by the published instruction rates.
 _ARCH_MODELS = {
     (8, 0): ArchModel(10.0, 10.0, 64.0, 0.9),
     (8, 6): ArchModel(20.0, 20.0, 64.0, 0.9),
     (8, 9): ArchModel(20.0, 20.0, 64.0, 0.9),
-    (9, 0): ArchModel(10.1, 7.5, 68.0, 0.845),
-    (10, 0): ArchModel(10.1, 7.5, 68.0, 0.845),
+    (9, 0): ArchModel(10.4, 6.8, 68.0, 0.845),
+    (10, 0): ArchModel(10.4, 6.8, 68.0, 0.845),
     (12, 0): ArchModel(20.0, 20.0, 64.0, 0.9),
 }
 
-_LAUNCH_US = 2.9
-_REDUCE_US, _PART_US = 1.84, 0.063  # of a split tile, and of each of its parts
-_CHUNK_CYCLES = 290.0  # barrier and first fragments, shared by the blocks of a multiprocessor
-_DEQUANTIZE_SLOTS, _COPY_SLOTS, _LDMATRIX_SLOTS = 13.0, 7.4, 1.85  # issue slots of a warp
-_MEMORY_SHARE = 0.588  # of the nominal bandwidth that streaming reaches
+_LAUNCH_US = 2.38
+_REDUCE_US = 2.38  # of a split tile, beside the traffic of its parts
+_CHUNK_CYCLES = 354.0  # barrier and first fragments, shared by the blocks of a multiprocessor
+_DEQUANTIZE_SLOTS, _COPY_SLOTS, _LDMATRIX_SLOTS = 20.1, 7.4, 1.85  # issue slots of a warp
+_MEMORY_SHARE = 0.879  # of the nominal bandwidth that streaming reaches
+
+# The same of sm90_*, where a launch overlaps the one before: fitted to 1086 timings of its tiles on the same layers and
+# GPU at M = 1 to 4096 (root mean square error 8 %; the choice is on average 0.8 % slower than the best tile).
+_LAUNCH90_US, _REDUCE90_US, _CLUSTER_US, _WAVE_US = 0.871, 3.61, 1.58, 2.76
+_PART90_US, _STORE_US = 8.61e-6, 2.80e-5  # a byte
+_TENSOR90 = 1.083  # cycles of a unit for each token
+_UNIT_SLOTS_SPARSE, _UNIT_SLOTS_DENSE = 51.3, 61.3
+_UNIT_LATENCY, _CHUNK_LATENCY = 143.6, 355.7  # cycles
+_ABSENT_CYCLES = 0.72  # of a row of 64 columns beyond M
+_L2_BYTES_PER_CYCLE90, _MEMORY_SHARE90, _CLOCK_SHARE90 = 44.1, 0.778, 0.9
 
 
 def arch_model(arch: tuple[int, int]) -> ArchModel:
@@ -71,21 +82,29 @@ class Geometry(NamedTuple):
         return stripe + self.num_whole_tiles * self.num_chunks
 
 
-def geometry(config: TileConfig, problem: Problem, device: DeviceInfo) -> Geometry:
+def geometry(config: Config, problem: Problem, device: DeviceInfo) -> Geometry:
     """Cut the problem for the blocks that the GPU runs at once."""
     m_tiles, n_tiles = -(-problem.m // config.block_m), -(-problem.n // config.block_n)
     chunks, tiles = -(-problem.k // config.block_k), m_tiles * n_tiles
+    if config.cluster:
+        # Chunks beyond the end of K are zeros: every block of a cluster takes as many.
+        stripe = -(-chunks // config.cluster)
+        return Geometry(tiles * config.cluster, m_tiles, n_tiles, stripe * config.cluster, tiles, stripe, 0)
     grid = min(resident_blocks(config, problem, device), tiles * chunks)
     whole, split = divmod(tiles, grid)
     stripe = max(1, -(-split * chunks // grid))
     return Geometry(grid, m_tiles, n_tiles, chunks, split, stripe, whole)
 
 
-def cost_us(config: TileConfig, problem: Problem, device: DeviceInfo) -> float:
-    """Estimated time of one launch in microseconds, on cold weights.
+def cost_us(config: Config, problem: Problem, device: DeviceInfo) -> float:
+    """Estimated time of one launch in microseconds, on cold weights."""
+    if isinstance(config, TileConfig):
+        return _cost_sm80(config, problem, device)
+    return _cost_sm90(config, problem, device)
 
-    Tensor and issue slots add, since the warps of a block pass through dequantization and products together.
-    """
+
+def _cost_sm80(config: TileConfig, problem: Problem, device: DeviceInfo) -> float:
+    """Tensor and issue slots add, since the warps of a block pass through dequantization and products together."""
     arch, shape = arch_model(device.arch), geometry(config, problem, device)
     cycles_per_us = device.sm_clock_khz / 1e3 * arch.clock_share
     blocks = resident_blocks(config, problem, device) / device.num_sms
@@ -95,10 +114,44 @@ def cost_us(config: TileConfig, problem: Problem, device: DeviceInfo) -> float:
     memory = problem.weight_bytes / (device.memory_bytes_per_s * _MEMORY_SHARE) * 1e6 * shape_imbalance(shape)
     parts = 0.0
     if shape.num_split_tiles and shape.stripe_chunks < shape.num_chunks:
-        sharing = min(shape.grid, -(-shape.num_chunks // shape.stripe_chunks) + 1)
         exchange = config.block_m * config.block_n * 8 / arch.l2_bytes_per_cycle / cycles_per_us
-        parts = _REDUCE_US + (_PART_US + exchange) * sharing
+        parts = _REDUCE_US + exchange * _sharing(shape)
     return float(_LAUNCH_US + (busy**4 + memory**4) ** 0.25 + parts)
+
+
+def _cost_sm90(config: WarpgroupConfig, problem: Problem, device: DeviceInfo) -> float:
+    """Tensor cores, issue slots, the latency of one warpgroup and the bytes of a stage all overlap, none entirely."""
+    shape, sparse = geometry(config, problem, device), problem.kind == "w4a16_sp24"
+    groups, units = config.wgs_n * config.wgs_k, config.block_k // (64 if sparse else 32) // config.wgs_k
+    # Blocks beside each other on a multiprocessor; those of a cluster do not spread evenly where two fit.
+    beside = min(config.min_blocks, blocks_that_fit(config, problem, device)) if config.cluster else 1
+    waves = -(-shape.grid // (device.num_sms * beside))
+    # Rows beyond M, which the copy engine fills with zeros, take it longer than rows that it reads.
+    absent = (shape.num_m_tiles * config.block_m - problem.m) * (config.block_k // 64)
+    stage = config.stage_bytes(problem.kind, problem.group_size) / _L2_BYTES_PER_CYCLE90 + absent * _ABSENT_CYCLES
+    terms = (
+        beside * groups * units * config.block_m * _TENSOR90,
+        beside * groups * units * (_UNIT_SLOTS_SPARSE if sparse else _UNIT_SLOTS_DENSE),
+        units * _UNIT_LATENCY + _CHUNK_LATENCY,
+        beside * stage,
+    )
+    chunks = shape.stripe_chunks * waves if config.cluster else shape.local_chunks
+    tiles = waves if config.cluster else shape.num_whole_tiles + bool(shape.num_split_tiles)
+    tile_bytes = config.block_m * config.block_n * 4
+    cycles_per_us = device.sm_clock_khz / 1e3 * _CLOCK_SHARE90
+    busy = sum(term**3 for term in terms) ** (1 / 3) * chunks / cycles_per_us + tiles * _STORE_US * tile_bytes
+    memory = problem.weight_bytes / (device.memory_bytes_per_s * _MEMORY_SHARE90) * 1e6
+    reduce = (waves - 1) * _WAVE_US
+    if config.cluster > 1:
+        reduce += _CLUSTER_US
+    elif not config.cluster and shape.num_split_tiles and shape.stripe_chunks < shape.num_chunks:
+        reduce = _REDUCE90_US + _PART90_US * _sharing(shape) * tile_bytes
+    return float(_LAUNCH90_US + (busy**4 + memory**4) ** 0.25 + reduce)
+
+
+def _sharing(shape: Geometry) -> int:
+    """Blocks that share a split tile, at most."""
+    return min(shape.grid, -(-shape.num_chunks // shape.stripe_chunks) + 1)
 
 
 def _chunk_cycles(config: TileConfig, problem: Problem, arch: ArchModel) -> float:

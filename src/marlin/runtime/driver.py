@@ -26,14 +26,15 @@ from marlin.errors import LaunchError, UnsupportedError, message, require
 _CLOCK_RATE_KHZ, _MULTIPROCESSORS, _MEMORY_CLOCK_KHZ, _BUS_WIDTH_BITS, _L2_BYTES = 13, 16, 36, 37, 38
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _SMEM_OPTIN_BYTES = 75, 76, 97
 _MAX_DYNAMIC_SMEM = 8  # CUfunction_attribute
-_SMEM_WITHOUT_OPTIN_BYTES = 48 * 1024
 _CAPTURE_MODE_RELAXED = 2
 _CAPTURE_ACTIVE = 1
 # CUlaunchAttribute (id, padding, 64-byte value): programmatic stream serialization, allowed.
 _PDL_ATTRIBUTE = struct.pack("@IIi60x", 6, 0, 1)
+# The same: cluster dimension; blocks of a cluster spread over multiprocessors.
+_CLUSTER_ATTRIBUTES = struct.Struct("@IIIII52xIII60x")
 # CUlaunchConfig: grid, block, dynamic shared memory, stream, attributes, their number.
 _CONFIG = struct.Struct("@7IPPI")
-_ARGUMENT_TYPES = {"P": "P", "i": "i", "l": "q", "f": "f"}
+_ARGUMENT_TYPES = {"P": "P", "i": "i", "l": "q", "f": "f", "T": "128s"}
 # CUresult: refusals of an image, which an image newer than the driver also gets; errors left by an earlier kernel.
 _IMAGE_ERRORS = (200, 209, 218, 222, 300, 801)
 _EARLIER_ERRORS = (700, 702, 714, 715, 716, 717, 718, 719)
@@ -78,7 +79,7 @@ def _open() -> Any:
 
 
 @lru_cache(maxsize=1)
-def _library() -> Any:
+def libcuda() -> Any:
     """libcuda, initialized. Raises: UnsupportedError."""
     library = _open()
     code = library.cuInit(0)
@@ -88,12 +89,12 @@ def _library() -> Any:
             fix = "Check CUDA_VISIBLE_DEVICES and, in a container, that the GPU is passed in."
         elif code == _NOT_INITIALIZED:
             fix = "CUDA does not survive a fork: start worker processes by spawn."
-        got = _error_name(code)
+        got = error_name(code)
         raise UnsupportedError(message("driver", "the NVIDIA driver must find a GPU", got, fix))
     return library
 
 
-def _error_name(code: int) -> str:
+def error_name(code: int) -> str:
     """Such as "CUDA_ERROR_INVALID_VALUE (invalid argument)"."""
     words = []
     for function in (_open().cuGetErrorName, _open().cuGetErrorString):
@@ -105,7 +106,7 @@ def _error_name(code: int) -> str:
 
 def _check(code: int, op: str, requirement: str, fix: str = "") -> None:
     if code:
-        raise LaunchError(message(op, requirement, _error_name(code), fix or _fix(code)))
+        raise LaunchError(message(op, requirement, error_name(code), fix or _fix(code)))
 
 
 def _fix(code: int) -> str:
@@ -130,7 +131,7 @@ def device_count() -> int:
     """GPUs that this process can see; 0 without a driver. Respects CUDA_VISIBLE_DEVICES."""
     count = ctypes.c_int()
     try:
-        code = _library().cuDeviceGetCount(ctypes.byref(count))
+        code = libcuda().cuDeviceGetCount(ctypes.byref(count))
     except UnsupportedError:
         return 0
     return count.value if code == 0 else 0
@@ -150,7 +151,7 @@ def _bandwidth(name: str, arch: tuple[int, int], clock_khz: int, bus_bits: int) 
 @cache
 def device_info(index: int) -> DeviceInfo:
     """Describe a GPU. Raises: UnsupportedError (no driver, no GPU), ValueError (no such index)."""
-    library = _library()
+    library = libcuda()
     count = device_count()
     require(0 <= index < count, "device_info", f"index must be below the number of GPUs, {count}", f"index={index}")
     device = ctypes.c_int()
@@ -180,7 +181,7 @@ def device_info(index: int) -> DeviceInfo:
 @cache
 def _primary_context(index: int) -> int:
     """Handle of the context that torch uses too; kept for the life of the process."""
-    library = _library()
+    library = libcuda()
     device, context = ctypes.c_int(), ctypes.c_void_p()
     _check(library.cuDeviceGet(ctypes.byref(device), index), "load_kernel", f"GPU {index} must exist")
     code = library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
@@ -191,7 +192,7 @@ def _primary_context(index: int) -> int:
 @contextmanager
 def _current(context: int) -> Iterator[None]:
     """Make a context current and put the caller's back, so that torch's current device stays what it was."""
-    library, before = _library(), ctypes.c_void_p()
+    library, before = libcuda(), ctypes.c_void_p()
     _check(library.cuCtxGetCurrent(ctypes.byref(before)), "driver", "the current context must be known")
     if before.value == context:
         yield
@@ -207,7 +208,7 @@ def _current(context: int) -> Iterator[None]:
 @contextmanager
 def _relaxed_capture() -> Iterator[None]:
     """Allow what a stream capture forbids by default (loading code), for this thread only."""
-    library, mode = _library(), ctypes.c_int(_CAPTURE_MODE_RELAXED)
+    library, mode = libcuda(), ctypes.c_int(_CAPTURE_MODE_RELAXED)
     switched = library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)) == 0
     try:
         yield
@@ -219,7 +220,7 @@ def _relaxed_capture() -> Iterator[None]:
 def synchronize(device_index: int) -> None:
     """Wait for all work of a GPU. Raises: LaunchError (an error that a kernel left)."""
     with _current(_primary_context(device_index)):
-        _check(_library().cuCtxSynchronize(), "synchronize", f"the work on GPU {device_index} must succeed")
+        _check(libcuda().cuCtxSynchronize(), "synchronize", f"the work on GPU {device_index} must succeed")
 
 
 def current_capture_id(stream: int) -> int:
@@ -228,7 +229,7 @@ def current_capture_id(stream: int) -> int:
         query, status, number, status_ref, number_ref = _thread.capture
     except AttributeError:
         status, number = ctypes.c_int(), ctypes.c_uint64()
-        query, status_ref, number_ref = _library().cuStreamGetCaptureInfo_v2, ctypes.byref(status), ctypes.byref(number)
+        query, status_ref, number_ref = libcuda().cuStreamGetCaptureInfo_v2, ctypes.byref(status), ctypes.byref(number)
         _thread.capture = (query, status, number, status_ref, number_ref)
     code = query(stream, status_ref, number_ref, None, None, None)
     return int(number.value) if code == 0 and status.value == _CAPTURE_ACTIVE else 0
@@ -244,13 +245,13 @@ def load_kernel(cubin: bytes, entry: str, *, device_index: int, smem_bytes: int,
     """Load machine code on a GPU and find a kernel in it; allowed during a stream capture.
 
     entry: the extern "C" symbol; smem_bytes: dynamic shared memory of every launch; signature: one character per
-    argument, "P" pointer, "i" int32, "l" int64, "f" float32.
+    argument, "P" pointer, "i" int32, "l" int64, "f" float32, "T" tensor map.
     Raises: UnsupportedError (made by a newer toolkit than the driver takes, or for another GPU), LaunchError (the
     driver's word), ValueError (signature).
     """
     unknown = sorted(set(signature) - set(_ARGUMENT_TYPES))
-    require(not unknown, "load_kernel", "signature may hold P, i, l and f", "".join(unknown))
-    library, context = _library(), _primary_context(device_index)
+    require(not unknown, "load_kernel", "signature may hold P, i, l, f and T", "".join(unknown))
+    library, context = libcuda(), _primary_context(device_index)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     with _current(context), _relaxed_capture():
         code = library.cuModuleLoadData(ctypes.byref(module), cubin)
@@ -259,9 +260,9 @@ def load_kernel(cubin: bytes, entry: str, *, device_index: int, smem_bytes: int,
         _check(code, f"load_kernel[{entry}]", f"GPU {device_index} must load the kernel")
         code = library.cuModuleGetFunction(ctypes.byref(function), module, entry.encode())
         _check(code, f"load_kernel[{entry}]", "the machine code must define the kernel")
-        if smem_bytes > _SMEM_WITHOUT_OPTIN_BYTES:
-            code = library.cuFuncSetAttribute(function, _MAX_DYNAMIC_SMEM, smem_bytes)
-            _check(code, f"load_kernel[{entry}]", f"GPU {device_index} must grant {smem_bytes} bytes of shared memory")
+        # Why always: what a block gets without asking counts the kernel's static memory too.
+        code = library.cuFuncSetAttribute(function, _MAX_DYNAMIC_SMEM, smem_bytes)
+        _check(code, f"load_kernel[{entry}]", f"GPU {device_index} must grant {smem_bytes} bytes of shared memory")
     return Kernel(entry, function.value or 0, context, device_index, smem_bytes, signature)
 
 
@@ -271,7 +272,7 @@ def _refused_image(code: int, cubin: bytes, entry: str, device_index: int) -> Un
         from marlin.runtime import compiler
 
         toolkit = compiler.nvrtc_version()
-    got = f"{_error_name(code)} from driver CUDA {driver[0]}.{driver[1]} for code of CUDA {toolkit[0]}.{toolkit[1]}"
+    got = f"{error_name(code)} from driver CUDA {driver[0]}.{driver[1]} for code of CUDA {toolkit[0]}.{toolkit[1]}"
     extra, package = ("cuda12", "nvidia-cuda-nvrtc-cu12") if driver[0] == 12 else ("cuda", "nvidia-cuda-nvrtc")
     fix = (
         "Update the driver, or install the compiler of its version: "
@@ -302,35 +303,49 @@ class Kernel:
         """Memory of this thread's launches: values and their addresses, config, current context."""
         values = ctypes.create_string_buffer(max(self._layout.size, 1))
         config = ctypes.create_string_buffer(_CONFIG.size)
-        attribute = ctypes.create_string_buffer(_PDL_ATTRIBUTE, len(_PDL_ATTRIBUTE))
+        attribute = ctypes.create_string_buffer(_PDL_ATTRIBUTE, len(_PDL_ATTRIBUTE) + _CLUSTER_ATTRIBUTES.size)
         base, types = ctypes.addressof(values), [_ARGUMENT_TYPES[code] for code in self.signature]
         offsets = [struct.calcsize("@" + "".join(types[: i + 1])) - struct.calcsize(t) for i, t in enumerate(types)]
         addresses = (ctypes.c_void_p * max(len(types), 1))(*(base + offset for offset in offsets))
-        current, library = ctypes.c_void_p(), _library()
+        current, library = ctypes.c_void_p(), libcuda()
         self._local.frame = frame = (
-            *(values, config, ctypes.addressof(config), ctypes.addressof(addresses), ctypes.addressof(attribute)),
+            *(values, config, ctypes.addressof(config), ctypes.addressof(addresses)),
+            *(attribute, ctypes.addressof(attribute)),
             *(current, ctypes.byref(current), library.cuCtxGetCurrent, library.cuLaunchKernelEx),
         )
-        self._local.keep = (addresses, attribute)
+        self._local.keep = addresses
         return frame
 
     def launch(
-        self, grid: tuple[int, int, int], threads: int, stream: int, args: tuple[Any, ...], *, pdl: bool = False
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        stream: int,
+        args: tuple[Any, ...],
+        *,
+        pdl: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Put one launch on a stream (0: the default stream); legal during capture; does not wait.
 
         args: one value per character of the signature, pointers as ints. pdl: programmatic dependent launch, for a
-        kernel that itself waits for its predecessor's results.
+        kernel that itself waits for its predecessor's results. cluster: blocks of a cluster, along x.
         Raises: LaunchError (the driver's word, or arguments that do not fit the signature).
         """
         try:
             frame = self._local.frame
         except AttributeError:
             frame = self._new_frame()
-        values, config, config_address, addresses, attribute, current, current_ref, get_current, launch = frame
+        values, config, config_address, addresses, attributes, attribute, current, current_ref, get_current, launch = (
+            frame
+        )
         try:
             self._layout.pack_into(values, 0, *args)
-            _CONFIG.pack_into(config, 0, *grid, threads, 1, 1, self.smem_bytes, stream, attribute if pdl else 0, pdl)
+            first, count = (attribute, 1) if pdl else (attribute + len(_PDL_ATTRIBUTE), 0)
+            if cluster > 1:
+                _CLUSTER_ATTRIBUTES.pack_into(attributes, len(_PDL_ATTRIBUTE), 4, 0, cluster, 1, 1, 5, 0, 1)
+                count += 2
+            _CONFIG.pack_into(config, 0, *grid, threads, 1, 1, self.smem_bytes, stream, first if count else 0, count)
         except (struct.error, TypeError) as error:
             raise self._bad_arguments(args, grid, threads, stream, error) from error
         get_current(current_ref)
@@ -343,7 +358,7 @@ class Kernel:
             raise self._refused(code, grid, threads)
 
     def _refused(self, code: int, grid: tuple[int, int, int], threads: int) -> LaunchError:
-        got = f"{_error_name(code)} for grid {grid}, {threads} threads, {self.smem_bytes} bytes of shared memory"
+        got = f"{error_name(code)} for grid {grid}, {threads} threads, {self.smem_bytes} bytes of shared memory"
         requirement = f"GPU {self.device_index} must accept the launch"
         return LaunchError(message(f"launch[{self.entry}]", requirement, got, _fix(code)))
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from marlin.errors import UnsupportedError
 from marlin.runtime import driver
-from marlin.runtime.config import MAX_WORKSPACE_BYTES, TileConfig, all_configs, why_illegal, why_illegal_problem
+from marlin.runtime.config import MAX_WORKSPACE_BYTES, Config, all_configs, why_illegal, why_illegal_problem
 from marlin.runtime.cost import Geometry, cost_us, geometry
 from marlin.runtime.driver import DeviceInfo
 from marlin.runtime.problem import Problem
@@ -22,7 +22,7 @@ class Plan(NamedTuple):
 
     problem: Problem
     device: DeviceInfo
-    config: TileConfig
+    config: Config
     variant: Variant
     geometry: Geometry
     workspace_bytes: int
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 class Candidate(NamedTuple):
     """One line of `explain`: a configuration with its estimated time, or the reason why it is out."""
 
-    config: TileConfig
+    config: Config
     us: float | None
     reason: str | None
 
@@ -48,12 +48,12 @@ def candidates(problem: Problem, device: DeviceInfo) -> list[Candidate]:
     return sorted(rows, key=lambda row: (row.us is None, row.us or 0.0))
 
 
-def _workspace_bytes(config: TileConfig, shape: Geometry) -> int:
-    shared = shape.num_split_tiles and shape.stripe_chunks < shape.num_chunks
+def _workspace_bytes(config: Config, shape: Geometry) -> int:
+    shared = shape.num_split_tiles and shape.stripe_chunks < shape.num_chunks and not config.cluster
     return 2 * shape.grid * config.block_m * config.block_n * 4 if shared else 0
 
 
-def make_plan(problem: Problem, device: DeviceInfo, config: TileConfig | None = None) -> Plan:
+def make_plan(problem: Problem, device: DeviceInfo, config: Config | None = None) -> Plan:
     """Plan for any device description; `config` overrides the choice. Raises: ValueError, UnsupportedError."""
     reason = why_illegal_problem(problem)
     if reason is not None:
@@ -69,10 +69,18 @@ def make_plan(problem: Problem, device: DeviceInfo, config: TileConfig | None = 
             raise UnsupportedError(f"{problem.kind}: {reason}")
     shape = geometry(config, problem, device)
     variant = Variant(problem.kind, problem.dtype, problem.group_size, config)
-    return Plan(problem, device, config, variant, shape, _workspace_bytes(config, shape), shape.num_split_tiles)
+    return Plan(
+        problem,
+        device,
+        config,
+        variant,
+        shape,
+        _workspace_bytes(config, shape),
+        0 if config.cluster else shape.num_split_tiles,
+    )
 
 
 @lru_cache(maxsize=8192)
-def plan(problem: Problem, device_index: int, config: TileConfig | None = None) -> Plan:
+def plan(problem: Problem, device_index: int, config: Config | None = None) -> Plan:
     """The plan for a problem on a GPU of this machine, cached. Raises: ValueError, UnsupportedError."""
     return make_plan(problem, driver.device_info(device_index), config)

@@ -11,8 +11,10 @@ from functools import cache
 from importlib import resources
 
 from marlin.errors import require
-from marlin.runtime.config import GROUP_SIZES, TileConfig, all_configs
+from marlin.runtime.config import GROUP_SIZES, Config, TileConfig, all_configs
+from marlin.runtime.config_sm90 import WarpgroupConfig
 from marlin.runtime.problem import DTYPES, KINDS
+from marlin.runtime.wgmma import wgmma_text
 
 # What `sm80_*` kernels are built for ahead of time and in CI; newer GPUs compile them on first use.
 ARCHS = ("80", "86", "89", "90", "100", "120")
@@ -38,13 +40,25 @@ ARGUMENTS = (
     ("int", "stripe_chunks", "i"),
     ("int", "num_whole_tiles", "i"),
 )
-SIGNATURE = "".join(code for _, _, code in ARGUMENTS)
+# The same of `sm90_*` kernels, which read through tensor maps.
+MAPS = ("act", "codes", "meta", "scales")
+ARGUMENTS_SM90 = (
+    *(("const __grid_constant__ marlin::TensorMap", name, "T") for name in MAPS),
+    *(argument for argument in ARGUMENTS if argument[1] not in (*MAPS, "act_stride")),
+)
+SIGNATURES = {
+    "sm80": "".join(code for _, _, code in ARGUMENTS),
+    "sm90": "".join(code for _, _, code in ARGUMENTS_SM90),
+}
 _INCLUDE = re.compile(r'^#include "([a-z0-9_]+\.cuh)"\n', re.MULTILINE)
 
 
 @cache
-def inline(header: str) -> str:
-    """The text of a header of `marlin/kernels` with its own headers pasted in, each once."""
+def inline(header: str, products: str = "") -> str:
+    """The text of a header of `marlin/kernels` with its own headers pasted in, each once.
+
+    products: text that follows ptx_sm90.cuh, the wgmma wrappers of a token tile.
+    """
     folder, seen = resources.files("marlin") / "kernels", set[str]()
 
     def paste(name: str) -> str:
@@ -52,7 +66,10 @@ def inline(header: str) -> str:
             return ""
         seen.add(name)
         text = (folder / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
-        return _INCLUDE.sub(lambda match: paste(match.group(1)), text)
+        text = _INCLUDE.sub(lambda match: paste(match.group(1)), text)
+        return text + (
+            f"\nnamespace marlin {{\n{products}\n}}  // namespace marlin\n" if name == "ptx_sm90.cuh" else ""
+        )
 
     return paste(header)
 
@@ -64,12 +81,12 @@ class Variant:
     kind: str
     dtype: str
     group_size: int
-    config: TileConfig
+    config: Config
 
     @property
     def name(self) -> str:
-        """The kernel family, "sm80_w4a16_sp24" or "sm80_w4a16_dense"."""
-        return f"sm80_{self.kind}"
+        """The kernel family, such as "sm80_w4a16_sp24"."""
+        return f"{self.config.family}_{self.kind}"
 
     @property
     def entry(self) -> str:
@@ -86,30 +103,50 @@ class Variant:
     def threads(self) -> int:
         return self.config.threads
 
+    @property
+    def signature(self) -> str:
+        """A character for each argument, as `driver.load_kernel` takes it."""
+        return SIGNATURES[self.config.family]
+
+    def target(self, arch: str) -> str | None:
+        """What to compile for on GPUs of architecture `arch`; None where the kernel does not run on them."""
+        if self.config.family == "sm80":
+            return arch
+        return "90a" if arch in ("90", "90a") else None
+
     def entry_text(self) -> str:
         """The entry point alone: the template with this variant's parameters."""
         c = self.config
         sparse, bf16 = self.kind == "w4a16_sp24", self.dtype == "bfloat16"
-        group = "marlin::kWholeRow" if self.group_size == -1 else self.group_size
+        group = "marlin::kWholeRow" if self.group_size == -1 else str(self.group_size)
+        flags = f"{int(sparse)}, {int(bf16)}, {group}"
+        if isinstance(c, WarpgroupConfig):
+            extents: tuple[int, ...] = (c.block_m, c.wgs_n, c.wgs_k, c.block_k, c.stages, c.cluster)
+            return self._entry(ARGUMENTS_SM90, "90", f"{flags}, {', '.join(map(str, extents))}", c.min_blocks)
         extents = (c.block_m, c.block_n, c.block_k, c.stages, c.warps_m, c.warps_n, c.warps_k)
-        tile = f"marlin::Tile<{int(sparse)}, {int(bf16)}, {group}, {', '.join(map(str, extents))}>"
-        parameters = ", ".join(f"{kind} {name}" for kind, name, _ in ARGUMENTS)
-        names = [name for _, name, _ in ARGUMENTS]
+        return self._entry(ARGUMENTS, "", f"{flags}, {', '.join(map(str, extents))}", c.ctas_per_sm)
+
+    def _entry(self, arguments: tuple[tuple[str, str, str], ...], suffix: str, tile: str, min_blocks: int) -> str:
+        names = [name for _, name, _ in arguments]
         split = names.index("num_m_tiles")
-        values = f"{', '.join(names[:split])}, {{{', '.join(names[split:])}}}"
+        values = [f"&{name}" if suffix and name in MAPS else name for name in names[:split]]
+        kernel = "w4a16_kernel_sm90" if suffix else "w4a16_kernel"
         return (
-            f'extern "C" __global__ void __launch_bounds__({self.threads}, {c.ctas_per_sm})\n'
-            f"{self.entry}({parameters}) {{\n"
-            f"    using T = {tile};\n"
+            f'extern "C" __global__ void __launch_bounds__({self.threads}, {min_blocks})\n'
+            f"{self.entry}({', '.join(f'{kind} {name}' for kind, name, _ in arguments)}) {{\n"
+            f"    using T = marlin::Tile{suffix}<{tile}>;\n"
             f'    static_assert(T::kSmemBytes == {self.smem_bytes}, "host and device disagree on shared memory");\n'
-            f"    extern __shared__ __align__(128) char smem[];\n"
-            f"    const marlin::Args args{{{values}}};\n"
-            f"    marlin::w4a16_kernel<T>(args, smem);\n"
+            f"    extern __shared__ __align__({1024 if suffix else 128}) char smem[];\n"
+            f"    const marlin::Args{suffix} args{{{', '.join(values)}, {{{', '.join(names[split:])}}}}};\n"
+            f"    marlin::{kernel}<T>(args, smem);\n"
             f"}}\n"
         )
 
     def render(self) -> str:
         """The whole translation unit; includes nothing."""
+        if self.config.family == "sm90":
+            products = wgmma_text(self.config.block_m, bf16=self.dtype == "bfloat16")
+            return inline("sm90_w4a16.cuh", products) + "\n" + self.entry_text()
         return inline("sm80_w4a16.cuh") + "\n" + self.entry_text()
 
 
@@ -168,7 +205,7 @@ def emit(name: str, *, dtype: str = "float16", group_size: int = 128) -> str:
     require(name in kinds, "kernels emit", f"NAME must be one of {tuple(kinds)}", repr(name))
     require(dtype in DTYPES, "kernels emit", f"dtype must be one of {DTYPES}", repr(dtype))
     require(group_size in GROUP_SIZES, "kernels emit", f"group_size must be one of {GROUP_SIZES}", str(group_size))
-    by_block_m = {config.block_m: config for config in reversed(all_configs(kinds[name]))}
+    by_block_m = {c.block_m: c for c in reversed(all_configs(kinds[name])) if isinstance(c, TileConfig)}
     variants = [Variant(kinds[name], dtype, group_size, by_block_m[m]) for m in sorted(by_block_m)]
     arguments = [(kind, arg) for kind, arg, _ in ARGUMENTS][: [a for _, a, _ in ARGUMENTS].index("num_m_tiles")]
     cases = "".join(

@@ -1,0 +1,202 @@
+// out[M, N] = act[M, K] @ weight[N, K].T (+ bias): INT4 weights, 2:4-sparse or dense, for Hopper (sm_90a).
+//
+// Axes:     the weight is operand A of wgmma, from registers: its rows (N, features) are the instruction's m64, the
+//           tokens (M) its n, K its k32 (wgmma.sp, sparse) or k16 (wgmma, dense). Sums are fp32, [feature][token].
+// Block:    BLOCK_N = 64 * WGS_N features x BLOCK_M tokens. WGS_N * WGS_K warpgroups multiply, one more warp copies.
+//           A warpgroup owns 64 features x all tokens, and every WGS_K-th 64 columns of a chunk of BLOCK_K.
+// Pipeline: STAGES buffers in shared memory. One thread fills them by the copy engine (copy_sm90.cuh): packed tiles as
+//           they lie in memory, activations in panels of 64 columns with 128-byte swizzle. Barrier full[i]: all bytes are
+//           there; empty[i]: all warps have read them. Its cursor runs ahead across tiles (schedule.cuh).
+// Products: of a unit (64 columns of a 2:4 weight, 32 of a dense one) a thread fetches its packed words, makes A fragments
+//           of them, and starts wgmma; the next unit is fetched and dequantized while these products run.
+// Launch:   the ring is filled with weights before the wait for the kernel before (programmatic dependent launch);
+//           activations, workspace and output are touched after it. So weights must not be written by a kernel that lets
+//           its successor start early.
+// Sums:     in fp32 and in a fixed order (sums_sm90.cuh): over WGS_K through shared memory; over the blocks of a tile
+//           through the shared memory of a cluster (CLUSTER > 1), or through the workspace (CLUSTER 0, where the blocks
+//           of the grid share tiles evenly): the last block to arrive at a tile's ticket adds all parts, and leaves the
+//           ticket 0. With CLUSTER 1 every tile is one block's.
+#pragma once
+#include "copy_sm90.cuh"
+#include "sums_sm90.cuh"
+
+namespace marlin {
+
+// Shared-memory descriptor of a panel's k-step: rows of 128 bytes, swizzled, eight rows to 1024 bytes.
+__device__ __forceinline__ u64 panel_descriptor(u32 smem) {
+    return static_cast<u64>(64u | 1u << 30) << 32 | (smem / 16 + (1u << 16));
+}
+
+// A warpgroup that multiplies.
+template <class T>
+struct Multiplier {
+    const Args90& args;
+    u32 smem;
+    char* smem_base;
+    int thread, group_n, group_k;  // thread of the warpgroup
+
+    __device__ __forceinline__ int lane() const { return thread % 32; }
+
+    // A unit: the columns whose A fragments take eight registers. First as packed words, then as fragments.
+    // Metadata goes straight to its fragments, since products read it as it is.
+    struct Packed {
+        u32 codes[2], scales[T::kUnitScales][1];
+    };
+    struct Fragments {
+        u32 a[2][4], meta[1];
+    };
+
+    // first: whether the unit is the first of a chunk that this warpgroup multiplies.
+    __device__ __forceinline__ void fetch(Packed& packed, u32 stage, int unit, bool first) const {
+        const int tile = group_n * T::kTilesK + unit / T::kTileUnits, half = unit % T::kTileUnits;
+        load_smem(packed.codes, stage + T::kCodeOffset + tile * T::kTileCodeBytes + (thread * T::kTileUnits + half) * 8);
+        if (T::kChunkGroups == 1 && !first) return;
+#pragma unroll
+        for (int i = 0; i < T::kUnitScales; ++i) {
+            const int group = (unit * T::kUnitColumns + i * 32) / T::kGroupSize % T::kChunkGroups;
+            load_smem(packed.scales[i], stage + T::kScaleOffset + (group_n * T::kChunkGroups + group) * 128 +
+                                            (thread / 32 * 8 + lane() / 4) * 4);
+        }
+    }
+
+    __device__ __forceinline__ void fetch_meta(Fragments& frag, u32 stage, int unit) const {
+        if constexpr (T::kSparse) {
+            const int tile = group_n * T::kTilesK + unit / T::kTileUnits;
+            load_smem(frag.meta, stage + T::kMetaOffset + tile * T::kTileMetaBytes + thread * 4);
+        }
+    }
+
+    // first: the first unit of the chunk, whose scales serve the chunk where groups are as long.
+    __device__ __forceinline__ void unpack(Fragments& frag, const Packed& packed, const Packed& first) const {
+        const Packed& scaled = T::kChunkGroups == 1 ? first : packed;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            dequantize<T::kBf16>(frag.a[i], packed.codes[i], scaled.scales[T::kUnitScales == 1 ? 0 : i][0]);
+        }
+    }
+
+    __device__ __forceinline__ void multiply(Sums90<T>& acc, const Fragments& frag, u32 stage, int unit) const {
+        const u64 tokens = panel_descriptor(stage + unit / T::kTileUnits * T::kPanelBytes + unit % T::kTileUnits * 64);
+        wgmma_fence();
+        if constexpr (T::kSparse) {
+            wgmma_sp<0>(acc, frag.a[0], tokens, frag.meta[0]);
+            wgmma_sp<1>(acc, frag.a[1], tokens + 4, frag.meta[0]);
+        } else {
+            wgmma(acc, frag.a[0], tokens);
+            wgmma(acc, frag.a[1], tokens + 2);
+        }
+        wgmma_commit();
+    }
+
+    __device__ __forceinline__ int segment_length(int done) const {
+        Segment at;
+        at.seek(args.schedule, done);
+        return at.chunk_end - at.chunk;
+    }
+
+    // Why opaque: places in memory that only this part needs are not kept through the main loop.
+    __device__ __forceinline__ void finish(Sums90<T>& acc, int done) const {
+        Segment at;
+        at.seek(args.schedule, opaque(done));
+        Finisher<T>{args, smem, smem_base, opaque(thread), opaque(group_n), opaque(group_k)}.finish(acc, at);
+    }
+
+    // This warpgroup's unit number i of a chunk.
+    __device__ __forceinline__ int unit(int i) const {
+        return (i / T::kTileUnits * T::WGS_K + group_k) * T::kTileUnits + i % T::kTileUnits;
+    }
+
+    __device__ __forceinline__ void run(const Copier<T>& barriers) const {
+        const Schedule& s = args.schedule;
+        const int num_chunks = s.num_local_chunks();
+        constexpr int kUnits = T::kTilesK * T::kTileUnits / T::WGS_K;  // of a chunk, that this warpgroup multiplies
+        static_assert(kUnits % 2 == 0);
+        int stage = 0, parity = 0, done = 0;
+        auto release = [&](int at) {
+            __syncwarp();
+            if (lane() == 0) mbarrier_arrive(barriers.empty(at));
+        };
+        wait_for_previous_kernel();
+        while (done < num_chunks) {
+            const int length = segment_length(done);
+            Sums90<T> acc = {};
+#pragma unroll
+            for (int b = 0; b < T::kTokenBlocks; ++b) pin(acc[b]);
+            Packed packed[2];
+            Fragments frag[2];
+            mbarrier_wait(barriers.full(stage), parity);
+            fetch(packed[0], smem + stage * T::kStageBytes, unit(0), true);
+#pragma unroll 1
+            for (int left = length; left > 0; --left) {
+                const u32 buffer = smem + stage * T::kStageBytes;
+                const int current = stage, before = stage == 0 ? T::STAGES - 1 : stage - 1;
+                if (++stage == T::STAGES) stage = 0, parity ^= 1;
+                fetch_meta(frag[0], buffer, unit(0));
+#pragma unroll
+                for (int i = 0; i < kUnits; ++i) {
+                    // Why here: a unit's words arrive while the unit before is dequantized.
+                    if (T::kFetchEarly && i + 1 < kUnits) fetch(packed[(i + 1) % 2], buffer, unit(i + 1), false);
+                    unpack(frag[i % 2], packed[T::kFetchEarly ? i % 2 : 0], packed[0]);
+                    multiply(acc, frag[i % 2], buffer, unit(i));
+                    wgmma_wait<1>();  // products of the unit before, the last of the chunk before where i is 0
+                    if (!T::kDrain && i == 0 && left < length) release(before);
+                    if (i + 1 < kUnits) {
+                        if (!T::kFetchEarly) fetch(packed[0], buffer, unit(i + 1), false);
+                        fetch_meta(frag[(i + 1) % 2], buffer, unit(i + 1));
+                    } else if (left > 1) {
+                        mbarrier_wait(barriers.full(stage), parity);
+                        fetch(packed[0], smem + stage * T::kStageBytes, unit(0), true);
+                    }
+                }
+                if constexpr (T::kDrain) {
+                    wgmma_wait<0>();
+                    release(current);
+                }
+            }
+            if constexpr (!T::kDrain) {
+                wgmma_wait<0>();
+                release(stage == 0 ? T::STAGES - 1 : stage - 1);
+            }
+            finish(acc, done);
+            if (T::CLUSTER > 0) break;  // a block has one tile, or one part of a tile
+            done += length;
+        }
+    }
+};
+
+template <class T>
+__device__ __forceinline__ void w4a16_kernel_sm90(const Args90& args, char* smem_base) {
+    const int tid = thread_index();
+    const u32 smem = smem_address(smem_base);
+    const Copier<T> copier{args, smem};
+    if (tid == 0) {
+        for (int stage = 0; stage < T::STAGES; ++stage) {
+            mbarrier_init(copier.full(stage), 1);
+            mbarrier_init(copier.empty(stage), T::kConsumers / 32);
+        }
+        if constexpr (T::kClusters) mbarrier_init(copier.full(T::STAGES), 1);
+        fence_mbarrier_init();
+        if constexpr (T::kClusters) {
+            const int own = max(min(T::kTokenBlocks - cluster_rank() * T::kOwnBlocks, T::kOwnBlocks), 0);
+            mbarrier_arrive_expect(copier.full(T::STAGES), (T::CLUSTER - 1) * own * T::WGS_N * 2048);
+        }
+    }
+    if constexpr (T::kClusters) {
+        sync_cluster();
+    } else {
+        __syncthreads();
+    }
+    let_next_kernel_start();
+    if (tid >= T::kConsumers) {
+        if constexpr (T::kLarge) give_registers<T::kCopyRegisters>();
+        if (tid == T::kConsumers) copier.run();
+    } else {
+        if constexpr (T::kLarge) take_registers<T::kMultiplyRegisters>();
+        // Why the exchange: the compiler then knows that all threads of a warp agree, and keeps what follows from it in
+        // uniform registers, where wgmma takes its descriptors from.
+        const int group = __shfl_sync(0xffffffffu, tid / 128, 0);
+        Multiplier<T>{args, smem, smem_base, tid % 128, group % T::WGS_N, group / T::WGS_N}.run(copier);
+    }
+}
+
+}  // namespace marlin
