@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing, traffic
+from benchmarks import machine, timing, traffic
 from marlin import ops
 from marlin.formats import CompressedWeight, DenseInt4Weight, Weight, num_groups
 from marlin.formats.layouts import PackedWeight, pack
@@ -36,7 +36,7 @@ class Setting:
     dtype: torch.dtype
     group_size: int
     l2_bytes: int
-    device: torch.device = field(default_factory=lambda: torch.device("cuda", torch.cuda.current_device()))
+    device: torch.device = field(default_factory=lambda: machine.device())
 
     def copies(self, op: str) -> int:
         return timing.copies_for(traffic.weight_bytes(op, self.n, self.k, self.group_size), self.l2_bytes)
@@ -54,6 +54,8 @@ class Prepared:
 
     call(i, act, out): the product with copy i, written to out where the implementation can.
     check(act, out): raises AssertionError; None for others' kernels. config(m): what would run, or None.
+    record(m): what replays calls of M rows, where that is not a graph of `call` (another process).
+    meta_bits: metadata per group of four, None where there is none.
     """
 
     impl: str
@@ -62,6 +64,8 @@ class Prepared:
     call: Callable[[int, torch.Tensor, torch.Tensor], object]
     check: Callable[[torch.Tensor, torch.Tensor], None] | None = None
     config: Callable[[int], str | None] = lambda m: None
+    record: Callable[[int], timing.Recorded] | None = None
+    meta_bits: int | None = None
 
     @property
     def key(self) -> str:
@@ -102,6 +106,14 @@ def _check_rows(weight: Weight, act: torch.Tensor, out: torch.Tensor) -> None:
     tolerance.check(out[rows], act[rows], weight)
 
 
+def meta_bits(packed: PackedWeight) -> int | None:
+    """Bits of metadata per group of four, by the size of the tensor; None where there is none."""
+    if packed.meta is None:
+        return None
+    # Codes take 2 bits a weight, 8 bits a group of four, padding included.
+    return round(8 * packed.meta.nbytes / packed.codes.nbytes)
+
+
 def _clone(packed: PackedWeight) -> PackedWeight:
     meta = None if packed.meta is None else packed.meta.clone()
     return replace(packed, codes=packed.codes.clone(), meta=meta, scales=packed.scales.clone())
@@ -128,6 +140,6 @@ def marlin(kind: str) -> Factory:
         def call(i: int, act: torch.Tensor, out: torch.Tensor) -> Any:
             return ops.linear_out(act, copies[i], out)
 
-        return Prepared("marlin", kind, len(copies), call, check, config)
+        return Prepared("marlin", kind, len(copies), call, check, config, meta_bits=meta_bits(first))
 
     return build

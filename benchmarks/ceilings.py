@@ -97,7 +97,7 @@ def measure() -> traffic.Ceilings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ceilings", description=__doc__)
+    parser = argparse.ArgumentParser(prog="marlin bench ceilings", description=__doc__)
     parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmarks.ceilings: a CUDA GPU is needed; got none. Run `marlin doctor`.", file=sys.stderr)

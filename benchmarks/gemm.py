@@ -1,7 +1,8 @@
-"""The GEMM benchmark: `python -m benchmarks.gemm`, checked first, then timed against cuBLAS and peers.
+"""The GEMM benchmark: `marlin bench gemm`, checked first, then timed against cuBLAS and peers.
 
 Owns the loop over shapes, dtypes and batch sizes, and the record it writes. What is timed is in `candidates` and
-`peers`, how in `timing`.
+`peers`, how in `timing`, what by default in `presets.default_parts`. The record is written after every shape, so a run
+that is stopped loses nothing.
 """
 
 from __future__ import annotations
@@ -10,39 +11,51 @@ import argparse
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks import candidates, ceilings, machine, peers, presets, records, timing, traffic
+from benchmarks import candidates, ceilings, cliffs, isolated, machine, peers, presets, records, timing, traffic
 from benchmarks.candidates import AbsentError, Factory, Prepared, Setting
+from benchmarks.presets import Part
 
 OWN: dict[str, Factory] = {
     "w4a16_sp24": candidates.marlin("w4a16_sp24"),
     "w4a16_dense": candidates.marlin("w4a16_dense"),
 }
 QUICK_BATCHES, QUICK_BUDGET_MS = "1,16,64,256", 15.0
+DEFAULT_SECONDS = 200.0
 
 
 @dataclass
 class Run:
-    """One benchmark run: what it measures, and what it found."""
+    """One benchmark run: what it measures with, and what it found.
+
+    ends: when to start no further point, on the scale of `time.monotonic`. read: a reading of the GPU, taken after each
+    point.
+    """
 
     factories: dict[str, Factory]
-    batches: list[int]
     group_size: int
     budget_ms: float
     ceilings: traffic.Ceilings
+    ends: float = float("inf")
+    read: Callable[[], machine.Reading] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    readings: list[machine.Reading] = field(default_factory=list)
 
-    def prepare(self, setting: Setting) -> list[Prepared]:
-        """Build every implementation that is there; note why others are not."""
+    def prepare(self, setting: Setting, wanted: tuple[str, ...] | None = None) -> list[Prepared]:
+        """Build every implementation that is there; note why others are not. wanted: of the peers, None for all."""
         built = []
         for name, factory in self.factories.items():
+            if name in peers.PEERS and wanted is not None and name not in wanted:
+                continue
             try:
                 built.append(factory(setting))
             except AbsentError as reason:
@@ -65,15 +78,21 @@ class Run:
         self.faults.append(text)
         print(f"  FAULT {text}", flush=True)
 
-    def measure(self, setting: Setting) -> None:
+    def measure(self, setting: Setting, batches: Sequence[int], wanted: tuple[str, ...] | None = None) -> None:
         """All batch sizes of one shape and dtype."""
-        built = self.prepare(setting)
-        for m in self.batches:
+        built = self.prepare(setting, wanted) if time.monotonic() < self.ends else []
+        for m in batches:
+            if time.monotonic() >= self.ends:
+                self.left_out.append(f"{setting.n}x{setting.k} {_dtype_name(setting.dtype)} M={m}")
+                continue
             act = setting.random_act(m)
             out = torch.empty(m, setting.n, dtype=setting.dtype, device=setting.device)
             sound = [one for one in built if self._is_right(one, act, out, setting)]
-            calls = {one.key: (_bind(one, act, out), one.copies) for one in sound}
-            timings = timing.time_interleaved(calls, self.budget_ms, failed=self._on_failure(setting, m))
+            calls = {one.key: (_bind(one, act, out), one.copies) for one in sound if one.record is None}
+            others = {one.key: partial(one.record, m) for one in sound if one.record is not None}
+            timings = timing.time_interleaved(calls, self.budget_ms, self._on_failure(setting, m), others)
+            if self.read is not None:
+                self.readings.append(self.read())
             new = [self._row(one, setting, m, timings[one.key]) for one in sound if one.key in timings]
             self.rows.extend(new)
             print(describe_point(new), flush=True)
@@ -88,10 +107,12 @@ class Run:
             return False
         return True
 
-    def _on_failure(self, setting: Setting, m: int) -> Any:
+    def _on_failure(self, setting: Setting, m: int) -> Callable[[str, Exception], None]:
         def failed(key: str, error: Exception) -> None:
             name = key.partition(":")[0]
-            if name in peers.PEERS:
+            if isinstance(error, AbsentError):
+                self._note_absent(name, setting, str(error))
+            elif name in peers.PEERS:
                 self._note_absent(name, setting, f"{type(error).__name__}: {_first_line(error)}")
             else:
                 self._fault(f"{key} m={m} n={setting.n} k={setting.k}: {type(error).__name__}: {error}")
@@ -99,14 +120,15 @@ class Run:
         return failed
 
     def _row(self, one: Prepared, setting: Setting, m: int, timed: timing.Timing) -> dict[str, Any]:
-        moved = traffic.traffic(one.op, m, setting.n, setting.k, self.group_size)
+        bits = traffic.META_BITS.get(one.op) if one.meta_bits is None else one.meta_bits
+        moved = traffic.traffic(one.op, m, setting.n, setting.k, self.group_size, bits)
         floor_us = moved.floor_us(one.op, self.ceilings)
         row = {
             "impl": one.impl,
             "op": one.op,
             "dtype": _dtype_name(setting.dtype),
             "group_size": self.group_size,
-            "meta_bits": traffic.META_BITS.get(one.op),
+            "meta_bits": bits,
             **{"m": m, "n": setting.n, "k": setting.k},
             **{name: round(getattr(timed, name), 3) for name in ("us", "p10", "p90")},
             "bytes": moved.total_bytes,
@@ -164,77 +186,135 @@ def block_lines(rows: list[dict[str, Any]], group_size: int) -> Iterator[str]:
 
 def _parser() -> argparse.ArgumentParser:
     known = ", ".join(presets.PRESETS)
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gemm", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few batch sizes, fp16, short; writes only to --out")
-    parser.add_argument("--shapes", default="block", help=f"comma-separated: block, all, NxK, {known}")
-    parser.add_argument("--batches", help="comma-separated numbers, `standard` (default), `odd`")
-    parser.add_argument("--dtypes", help="comma-separated, default float16,bfloat16")
+    parser = argparse.ArgumentParser(prog="marlin bench gemm", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the block, few batch sizes, fp16; writes only to --out")
+    parser.add_argument("--shapes", help=f"comma-separated: block, large, all, NxK, {known}")
+    parser.add_argument("--batches", help="comma-separated numbers, `standard`, `odd`")
+    parser.add_argument("--dtypes", help="comma-separated: float16, bfloat16")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--impls", help=f"of {', '.join([*OWN, *peers.PEERS])}; cublas always takes part")
-    parser.add_argument("--budget-ms", type=float, help="device time for each shape and implementation, default 40")
+    parser.add_argument("--budget-ms", type=float, help="device time for each point and implementation, default 40")
+    parser.add_argument("--seconds", type=float, help="start no point after this; default 200 for the default points")
+    parser.add_argument("--peer-seconds", type=float, default=40.0, help="for preparing each peer over the whole run")
     parser.add_argument("--out", type=pathlib.Path, help="the record, default benchmarks/records/gemm-<gpu>.json")
     return parser
 
 
-def _factories(names: str | None) -> dict[str, Factory]:
+def parts(args: argparse.Namespace) -> list[Part]:
+    """What to measure: the default points, or those that the arguments ask for. Raises: ValueError."""
+    if not (args.quick or args.shapes or args.batches or args.dtypes):
+        return presets.default_parts()
+    shapes = tuple(presets.shapes(args.shapes or "block"))
+    batches = tuple(presets.batches(args.batches or (QUICK_BATCHES if args.quick else "standard")))
+    return [Part(shapes, batches, dtype) for dtype in _dtypes(args.dtypes or "float16")]
+
+
+def _factories(names: str | None, peer_seconds: float) -> tuple[dict[str, Factory], list[isolated.Process]]:
+    """Factories by name, and the processes that some of them stand for, started where they can be."""
     known = {**OWN, **peers.PEERS}
     wanted = list(known) if names is None else [name.strip() for name in names.split(",")]
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise ValueError(f"benchmarks.gemm: --impls must be of {', '.join(known)}; got {', '.join(unknown)}.")
-    return {"cublas": candidates.cublas, **{name: known[name] for name in wanted}}
+    found: dict[str, Factory] = {"cublas": candidates.cublas}
+    processes = []
+    for name in wanted:
+        maker = known[name]
+        if isinstance(maker, isolated.Peer):
+            process = isolated.Process(maker, peer_seconds)
+            processes.append(process)
+            maker = process.build
+        found[name] = maker
+    return found, processes
 
 
-def _dtypes(names: str) -> list[torch.dtype]:
+def _start(processes: list[isolated.Process]) -> None:
+    """All at once, since each takes seconds to import its libraries."""
+    for process in processes:
+        try:
+            process.start()
+        except AbsentError:
+            continue  # Why: said where it is asked for a weight.
+
+
+def _dtypes(names: str) -> list[str]:
     short = {"fp16": "float16", "bf16": "bfloat16"}
     found = [short.get(name.strip(), name.strip()) for name in names.split(",")]
     if any(name not in records.DTYPES for name in found):
         raise ValueError(f"benchmarks.gemm: --dtypes must be of {', '.join(records.DTYPES)}; got {names!r}.")
-    return [getattr(torch, name) for name in found]
+    return found
 
 
-def _record(facts: dict[str, Any], run: Run) -> dict[str, Any]:
+def _record(facts: dict[str, Any], run: Run, source: str) -> dict[str, Any]:
     return records.check(
         {
             **facts,
+            "peers": machine.peer_versions(),
             "clocks": machine.clocks(),
+            "load": machine.summarize(source, run.readings),
             "ceilings": vars(run.ceilings),
             "kernel_hash": records.kernel_hash(),
             "absent": run.absent,
+            "left_out": run.left_out,
             "rows": run.rows,
         }
     )
 
 
+def _measure_all(run: Run, wanted: list[Part], save: Callable[[], None]) -> None:
+    for part in wanted:
+        for n, k in part.shapes:
+            print(f"N={n} K={k} {part.dtype}", flush=True)
+            dtype = getattr(torch, part.dtype)
+            run.measure(Setting(n, k, dtype, run.group_size, machine.l2_bytes()), part.batches, part.peers)
+            if machine.has_gpu():
+                torch.cuda.empty_cache()
+            save()
+
+
+def _closing(run: Run) -> Iterator[str]:
+    yield from block_lines(run.rows, run.group_size)
+    yield from cliffs.lines(run.rows)
+    if run.left_out:
+        yield f"{len(run.left_out)} point(s) left out for time (--seconds): {', '.join(run.left_out)}"
+
+
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, 1 when an own kernel was wrong or failed, 2 without a GPU or with bad arguments."""
+    began = time.monotonic()
     args = _parser().parse_args(argv)
     try:
-        shapes = presets.shapes(args.shapes)
-        batches = presets.batches(args.batches or (QUICK_BATCHES if args.quick else "standard"))
-        dtypes = _dtypes(args.dtypes or ("float16" if args.quick else "float16,bfloat16"))
-        factories = _factories(args.impls)
+        wanted = parts(args)
+        factories, processes = _factories(args.impls, args.peer_seconds)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    if not torch.cuda.is_available():
+    if not machine.has_gpu():
         print("benchmarks.gemm: a CUDA GPU is needed; got none. Run `marlin doctor`.", file=sys.stderr)
         return 2
-    began, facts = time.monotonic(), machine.facts()
+    _start(processes)
+    facts, (source, read) = machine.facts(), machine.reader()
     torch.manual_seed(0)
     budget_ms = args.budget_ms or (QUICK_BUDGET_MS if args.quick else 40.0)
-    run = Run(factories, batches, args.group_size, budget_ms, ceilings.measure())
+    seconds = args.seconds or (DEFAULT_SECONDS if wanted == presets.default_parts() else float("inf"))
+    run = Run(factories, args.group_size, budget_ms, ceilings.measure(), began + seconds)
+    if source == "nvml":  # Why: nvidia-smi takes a tenth of a second, which adds up.
+        run.read = read
     print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}: {vars(run.ceilings)}", flush=True)
     path = args.out or (None if args.quick else records.RECORDS / f"gemm-{machine.slug(facts['gpu'])}.json")
-    for n, k in shapes:
-        for dtype in dtypes:
-            print(f"N={n} K={k} {_dtype_name(dtype)}", flush=True)
-            run.measure(Setting(n, k, dtype, args.group_size, machine.l2_bytes()))
-            torch.cuda.empty_cache()
+    before = None if path is None else records.read(path)
+
+    def save() -> None:
         if path is not None and run.rows:
-            records.write(path, records.merge(records.read(path), _record(facts, run)))
-    print("\n".join(block_lines(run.rows, args.group_size)))
+            records.write(path, records.merge(before, _record(facts, run, source)))
+
+    try:
+        _measure_all(run, wanted, save)
+    finally:
+        for process in processes:
+            process.stop()
+    print("\n".join(_closing(run)))
     print(f"{len(run.rows)} rows in {time.monotonic() - began:.0f} s" + (f" -> {path}" if path else ""))
     if run.faults:
         print(f"{len(run.faults)} fault(s):\n" + "\n".join(f"  {text.splitlines()[0]}" for text in run.faults))

@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in one command: `python -m benchmarks.gpu` (`make gpu`).
 
 Owns the order of the steps and the closing table: compile the kernels, run the GPU tests, and, only when these pass,
-measure ceilings and GEMMs and print the tables. Each step is a process of its own with PYTHONPATH set, so the system's
-Python is enough. Where the environment variable OUT names a folder, logs and records are copied there too.
+measure ceilings and GEMMs and print the tables. `--also decode,sustained` adds the longer measurements. Each step is a
+process of its own with PYTHONPATH set, so the system's Python is enough. Where the environment variable OUT names a
+folder, logs and records are copied there too.
 Imports nothing but the standard library.
 """
 
@@ -23,7 +24,10 @@ from xml.etree import ElementTree
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "gpu"
 RECORDS = ROOT / "benchmarks" / "records"
-STEPS = ("compile", "tests", "ceilings", "gemm", "report")
+STEPS = ("compile", "tests", "ceilings", "gemm", "decode", "sustained", "report")
+# Run only when they are asked for: a minute, and about five.
+EXTRA = ("decode", "sustained")
+KINDS = ("gemm", "ceilings", "decode", "sustained")
 # Measuring a kernel that is wrong is a waste: these stop what follows.
 _GATES = ("compile", "tests")
 
@@ -127,7 +131,7 @@ def copy_out(folder: str | None) -> list[str]:
         return []
     target = pathlib.Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    files = [*sorted(RECORDS.glob("gemm-*.json")), *sorted(RECORDS.glob("ceilings-*.json"))]
+    files = [path for kind in KINDS for path in sorted(RECORDS.glob(f"{kind}-*.json"))]
     files += [path for path in (LOGS / "tests.xml",) if path.exists()]
     for path in files:
         shutil.copy2(path, target / path.name)
@@ -141,6 +145,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--only", help=f"comma-separated steps of {', '.join(STEPS)}")
     parser.add_argument("--skip", default="", help="comma-separated steps")
+    parser.add_argument("--also", default="", help=f"comma-separated steps of {', '.join(EXTRA)}")
     parser.add_argument("--quick", action="store_true", help="few batch sizes, no record of GEMMs")
     parser.add_argument("--keep-going", action="store_true", help="measure even when a test fails")
     parser.add_argument("--tests", nargs="*", help="arguments of pytest in place of tests/gpu")
@@ -148,7 +153,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
     args.gemm_args = words[cut + 1 :]
-    chosen = args.only.split(",") if args.only else list(STEPS)
+    chosen = args.only.split(",") if args.only else [step for step in STEPS if step not in EXTRA]
+    chosen = [*chosen, *filter(None, args.also.split(","))]
     unknown = [step for step in [*chosen, *filter(None, args.skip.split(","))] if step not in STEPS]
     if unknown:
         parser.error(f"steps must be of {', '.join(STEPS)}; got {', '.join(unknown)}")

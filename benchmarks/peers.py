@@ -3,10 +3,12 @@
 Owns how each is built and called; a peer that is not there raises `AbsentError` with the reason. Their results are not
 checked: random bytes take the place of packed weights where only the time matters.
 
-    cusparselt        2:4 fp16 through torch
+    cusparselt        2:4 fp16 through torch, in this process
     sparse-marlin     the published 2:4 INT4 kernel, libsparse_marlin.so in MARLIN_PEERS_DIR
     marlin-published  the published dense INT4 kernel, libmarlin.so in MARLIN_PEERS_DIR
     gemlite, humming  dense INT4, Python packages
+
+Each of the last four runs in a process of its own (`benchmarks.isolated`): the two libraries crash each other in one.
 
 The shared objects export, with C linkage and an int result that is 0 on success:
 
@@ -20,7 +22,9 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import importlib
+import importlib.util
 import os
 import pathlib
 from collections.abc import Callable
@@ -29,6 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks.candidates import AbsentError, Factory, Prepared, Setting, random_positions
+from benchmarks.isolated import Peer
 
 _MAX_PAR = 16
 
@@ -40,14 +45,24 @@ def _package(name: str) -> Any:
         raise AbsentError(f"package {name.partition('.')[0]} is not installed") from error
 
 
-def _shared_object(file: str, symbol: str, pointers: int) -> Callable[..., int]:
-    """The C function; its arguments are `pointers` pointers, three ints, a pointer, two ints, a pointer, an int."""
+def _installed(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise AbsentError(f"package {package} is not installed")
+
+
+def _library_path(file: str) -> pathlib.Path:
     folder = os.environ.get("MARLIN_PEERS_DIR")
     if not folder:
         raise AbsentError("MARLIN_PEERS_DIR is not set")
     path = pathlib.Path(folder).resolve() / file
     if not path.exists():
         raise AbsentError(f"{file} is not in MARLIN_PEERS_DIR")
+    return path
+
+
+def _shared_object(file: str, symbol: str, pointers: int) -> Callable[..., int]:
+    """The C function; its arguments are `pointers` pointers, three ints, a pointer, two ints, a pointer, an int."""
+    path = _library_path(file)
     try:
         function = getattr(ctypes.CDLL(str(path)), symbol)
     except (OSError, AttributeError) as error:
@@ -147,9 +162,17 @@ def cusparselt(setting: Setting) -> Prepared:
     return Prepared("cusparselt", "fp16_sp24", count, lambda i, act, out: torch.nn.functional.linear(act, weights[i]))
 
 
+def _gemlite_configurations(setting: Setting) -> None:
+    """GemLite's tuned configurations of the H100, which it looks up by name, on the other GPUs of that architecture."""
+    core = _package("gemlite.core")
+    if torch.cuda.get_device_capability(setting.device) == (9, 0) and core.get_default_cache_config() is None:
+        core.GemLiteLinear.load_config(str(pathlib.Path(core.__file__).parent / "configs" / "h100.json"))
+
+
 def gemlite(setting: Setting) -> Prepared:
     """Dense INT4 in Triton."""
     helper = _package("gemlite.helper")
+    _gemlite_configurations(setting)
     groups = 1 if setting.group_size == -1 else setting.k // setting.group_size
     shape = (setting.n, groups)
     codes = torch.randint(0, 16, (setting.n, setting.k), dtype=torch.uint8, device=setting.device)
@@ -177,10 +200,18 @@ def humming(setting: Setting) -> Prepared:
     return Prepared("humming", "w4a16_dense", len(layers), lambda i, act, out: layers[i](act, outputs=out))
 
 
-PEERS: dict[str, Factory] = {
-    "sparse-marlin": sparse_marlin,
-    "marlin-published": marlin_published,
+def _library(file: str, factory: str) -> Peer:
+    return Peer(f"benchmarks.peers:{factory}", functools.partial(_library_path, file))
+
+
+def _python(package: str) -> Peer:
+    return Peer(f"benchmarks.peers:{package}", functools.partial(_installed, package))
+
+
+PEERS: dict[str, Factory | Peer] = {
+    "sparse-marlin": _library("libsparse_marlin.so", "sparse_marlin"),
+    "marlin-published": _library("libmarlin.so", "marlin_published"),
     "cusparselt": cusparselt,
-    "gemlite": gemlite,
-    "humming": humming,
+    "gemlite": _python("gemlite"),
+    "humming": _python("humming"),
 }

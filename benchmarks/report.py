@@ -1,7 +1,7 @@
-"""Tables from the records: `python -m benchmarks.report [--update | --check] FILE...`.
+"""Tables and figures from the records: `python -m benchmarks.report [--update | --check] FILE...`.
 
-Owns the Markdown between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, for the NAMEs of `TABLES`. Numbers come
-from `benchmarks/records/` alone. Needs no GPU.
+Owns the Markdown between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`, for the NAMEs of `TABLES`, and whether the
+figures that it refers to are those of the records. Numbers come from `benchmarks/records/` alone. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -13,60 +13,24 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks import presets, records
+from benchmarks import cliffs, figures, presets, records, serving
 from benchmarks.records import ROOT
+from benchmarks.rows import BASELINE, GROUP_SIZE, OURS, Impl, Rows, block_sums, label, ordered, pick, select
 from marlin.errors import message
 
-Rows = list[dict[str, Any]]
-Impl = tuple[str, str]
-
-BASELINE: Impl = ("cublas", "fp16")
-LABELS: dict[Impl, str] = {
-    ("marlin", "w4a16_sp24"): "**2:4 INT4**",
-    ("marlin", "w4a16_dense"): "**INT4**",
-    ("sparse-marlin", "w4a16_sp24"): "published Sparse-Marlin, 2:4 INT4",
-    ("marlin-published", "w4a16_dense"): "published Marlin, INT4",
-    ("cusparselt", "fp16_sp24"): "cuSPARSELt, 2:4 fp16",
-    ("gemlite", "w4a16_dense"): "GemLite, INT4",
-    ("humming", "w4a16_dense"): "Humming, INT4",
-}
-OURS: Impl = ("marlin", "w4a16_sp24")
-_GROUP_SIZE, _LAYER_M = 128, 16
+_LAYER_M = presets.LAYER_BATCH
 _STALE = "> **Stale**: measured with earlier kernels than those in this tree. Measure again with `make gpu`."
 _NOTHING = "No record yet. Measure with `make gpu`."
+_NO_SUSTAINED = "No record yet. Measure with `marlin bench sustained`."
+_NO_DECODE = "No record yet. Measure with `marlin bench decode`."
 _MARKER = re.compile(r"<!-- bench:([a-z0-9-]+) -->\n(.*?)<!-- /bench:\1 -->", re.DOTALL)
 _ANY_MARKER = re.compile(r"<!-- /?bench:([^ ]*) -->")
-
-
-def select(rows: Rows, **want: Any) -> Rows:
-    """Rows whose fields have the values wanted."""
-    return [row for row in rows if all(row[name] == value for name, value in want.items())]
-
-
-def block_sums(rows: Rows, shapes: Iterable[tuple[int, int]], m: int) -> dict[Impl, dict[str, float]]:
-    """Sums of us and floor_us over the shapes at m; implementations that lack a shape are left out."""
-    shapes = list(shapes)
-    sums: dict[Impl, dict[str, float]] = {}
-    for impl in dict.fromkeys((row["impl"], row["op"]) for row in rows):
-        found = [select(rows, impl=impl[0], op=impl[1], m=m, n=n, k=k) for n, k in shapes]
-        if all(found):
-            sums[impl] = {name: sum(min(row[name] for row in hits) for hits in found) for name in ("us", "floor_us")}
-    return sums
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column is left-aligned, the others right-aligned."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
-
-
-def _columns(sums: Iterable[dict[Impl, dict[str, float]]]) -> list[Impl]:
-    seen = {impl for one in sums for impl in one}
-    return [impl for impl in LABELS if impl in seen] + sorted(seen - set(LABELS) - {BASELINE})
-
-
-def _label(impl: Impl) -> str:
-    return LABELS.get(impl, f"{impl[0]} {impl[1]}")
 
 
 def caption(record: dict[str, Any]) -> str:
@@ -89,14 +53,14 @@ def speed_table(first: str, points: Iterable[tuple[str, dict[Impl, dict[str, flo
     kept = [(name, sums) for name, sums in points if BASELINE in sums and len(sums) > 1]
     if not kept:
         return _NOTHING
-    columns = _columns(sums for _, sums in kept)
-    header = [first, "cuBLAS, µs", *map(_label, columns), "2:4 INT4, µs", "of the floor"]
+    columns = ordered(impl for _, sums in kept for impl in sums)
+    header = [first, "cuBLAS, µs", *map(label, columns), "2:4 INT4, µs", "of the floor"]
     return table(header, [_speed_line(name, sums, columns) for name, sums in kept])
 
 
 def _each_gpu(body: Callable[[Rows], str]) -> str:
     found = records.read_all("gemm")
-    parts = [f"{caption(record)}\n\n{body(select(record['rows'], group_size=_GROUP_SIZE))}" for record in found]
+    parts = [f"{caption(record)}\n\n{body(select(record['rows'], group_size=GROUP_SIZE))}" for record in found]
     return "\n\n".join(parts) or _NOTHING
 
 
@@ -128,6 +92,86 @@ def _models() -> str:
         return speed_table("decoder block", points)
 
     return _each_gpu(body)
+
+
+def _cliffs() -> str:
+    def body(rows: Rows) -> str:
+        return "\n".join(f"- {line}" for line in cliffs.lines(rows)) or _NOTHING
+
+    return _each_gpu(body)
+
+
+def _sustained_line(row: dict[str, Any], base: float | None) -> list[str]:
+    load = row["load"]
+    means = [f"{load[name]['mean']:.0f}" if load.get(name) else "-" for name in ("sm_mhz", "power_w", "temperature_c")]
+    limits = ", ".join(f"{what} {100 * share:.0f} %" for what, share in load["limited_by"].items()) or "-"
+    speedup = f"{base / row['us']:.2f}x" if base else "-"
+    name = label((row["impl"], row["op"])) if row["impl"] != "cublas" else "cuBLAS fp16"
+    times = [f"{row['us']:.1f}", f"{row['first_us']:.1f}", speedup, f"{row['weight_gb_per_s']:.0f}"]
+    return [presets.LABELS[row["model"]], name, *times, *means, limits]
+
+
+def _sustained() -> str:
+    header = ("model", "", "µs a block", "at first", "speedup", "weight GB/s", "MHz", "W", "°C", "held down by")
+    parts = []
+    for record in records.read_all("sustained"):
+        base = {row["model"]: row["us"] for row in record["rows"] if row["impl"] == "cublas"}
+        lines = [_sustained_line(row, base.get(row["model"])) for row in record["rows"]]
+        seconds = min((row["seconds"] for row in record["rows"]), default=0.0)
+        note = f"Batch {_LAYER_M}, each line at least {seconds:.0f} s without a pause."
+        parts.append(f"{caption(record)} {note}\n\n{table(header, lines)}")
+    return "\n\n".join(parts) or _NO_SUSTAINED
+
+
+def _decode() -> str:
+    header = (
+        "batch",
+        "weights",
+        "ms a step",
+        "tokens/s",
+        "speedup",
+        "linear",
+        "lm_head",
+        "attention",
+        "glue",
+        "between",
+    )
+    parts = []
+    for record in records.read_all("decode"):
+        rows = record["rows"]
+        base = {row["batch"]: row["ms_per_step"] for row in rows if row["op"] == "fp16"}
+        lines = [
+            [
+                str(row["batch"]),
+                "fp16" if row["op"] == "fp16" else label((row["impl"], row["op"])),
+                f"{row['ms_per_step']:.2f}",
+                f"{row['tokens_per_s']:.0f}",
+                f"{base[row['batch']] / row['ms_per_step']:.2f}x",
+                *(f"{row['parts_ms'][name]:.2f}" for name in header[5:]),
+            ]
+            for row in rows
+        ]
+        shape = f"{rows[0]['layers']} layers, {rows[0]['context']} tokens of context" if rows else ""
+        parts.append(f"{caption(record)} {shape}; small operations {record['glue']}.\n\n{table(header, lines)}")
+    return "\n\n".join(parts) or _NO_DECODE
+
+
+def _serving() -> str:
+    found = [record for record in records.read_all("serving") if record["rows"]]
+    return "\n\n".join(f"{caption(record)}\n\n{serving.table(record['rows'])}" for record in found) or _NOTHING
+
+
+def _figures(prefix: str) -> Callable[[], str]:
+    def make() -> str:
+        parts, stale = [], False
+        for name, (data, _, text) in figures.FIGURES.items():
+            record = pick(records.read_all("sustained" if name.endswith("sustained") else "gemm"))
+            if record is not None and data(None) is not None:
+                parts.append(f"![{text}]({prefix}{name}.svg)")
+                stale |= records.is_stale(record)
+        return "\n\n".join([*parts, *([_STALE] if stale else [])]) or _NOTHING
+
+    return make
 
 
 def _ceilings() -> str:
@@ -172,6 +216,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "block-bfloat16": lambda: _block("bfloat16"),
     "layers": _layers,
     "models": _models,
+    "cliffs": _cliffs,
+    "sustained": _sustained,
+    "decode": _decode,
+    "serving": _serving,
+    # As seen from the root, and from docs/.
+    "figures": _figures("docs/figures/"),
+    "figures-docs": _figures("figures/"),
     "ceilings": _ceilings,
     "quality": _quality,
 }
@@ -189,9 +240,22 @@ def render(text: str, name: str = "text") -> str:
     return _MARKER.sub(lambda hit: f"<!-- bench:{hit[1]} -->\n{TABLES[hit[1]]()}\n<!-- /bench:{hit[1]} -->", text)
 
 
+def _behind_figures(write: bool) -> int:
+    """How many figures were not those of the records; with write they are drawn. Raises: ImportError."""
+    found = figures.behind()
+    for name, data in found.items():
+        path = figures.FOLDER / f"{name}.svg"
+        if write:
+            figures.save(name, data, path)
+            print(f"{path}: drawn")
+        else:
+            print(f"{path}: out of date; run make bench-report")
+    return len(found)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line. Returns 0, 1 when --check finds text out of date, 2 on a bad marker or a missing file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    """Command line. Returns 0, 1 when --check finds something out of date, 2 on a bad marker or a missing file."""
+    parser = argparse.ArgumentParser(prog="marlin bench report", description=__doc__)
     parser.add_argument("files", nargs="*", type=pathlib.Path, help="Markdown files; none: print every table")
     parser.add_argument("--update", action="store_true", help="write the files (the default)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
@@ -216,6 +280,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             path.write_text(new)
             print(f"{path}: updated")
+    try:
+        behind += _behind_figures(write=not args.check)
+    except ImportError as error:
+        print(f"benchmarks.report: drawing figures needs matplotlib; got {error}.", file=sys.stderr)
+        return 2
     return 1 if args.check and behind else 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -44,6 +44,25 @@ def launcher(plan: runtime.Plan, memory: tuple[torch.Tensor, torch.Tensor]) -> C
     return call
 
 
+class Tile(Protocol):
+    """What deciding takes to know of a configuration."""
+
+    @property
+    def block_m(self) -> int: ...
+
+    @property
+    def family(self) -> str: ...
+
+
+def worth_timing(config: Tile, m: int, configs: Sequence[Tile]) -> bool:
+    """Whether a tile can be near the best at M: not far larger, and not far smaller while its family has a larger.
+
+    Why: tiles far from M lose by the products alone; timing them costs most of the run.
+    """
+    largest = max(other.block_m for other in configs if other.family == config.family)
+    return config.block_m <= max(8, 2 * m) and (m <= 16 * config.block_m or config.block_m == largest)
+
+
 def time_shape(kind: str, setting: candidates.Setting, batches: Sequence[int], budget_ms: float) -> list[Row]:
     """Rows of one kind and layer. A configuration that fails its check stops the run: nothing of it is worth timing."""
     memory = (
@@ -61,9 +80,9 @@ def time_shape(kind: str, setting: candidates.Setting, batches: Sequence[int], b
         problem = runtime.Problem(m, setting.n, setting.k, setting.group_size, name, kind)
         index = setting.device.index or 0
         calls = {}
-        for config in runtime.all_configs(kind):
-            # Why: tiles far from M lose by the products alone; timing them costs most of the run.
-            if config.block_m > max(8, 2 * m) or m > 16 * config.block_m:
+        configs = runtime.all_configs(kind)
+        for config in configs:
+            if not worth_timing(config, m, configs):
                 continue
             if runtime.why_illegal(config, problem, runtime.plan(problem, index).device) is not None:
                 continue
@@ -71,17 +90,29 @@ def time_shape(kind: str, setting: candidates.Setting, batches: Sequence[int], b
             run(first, act, out.fill_(torch.nan))
             tolerance.check(out, act, weight, name=f"{kind} {config.tag} M={m} N={setting.n} K={setting.k}")
             calls[config.tag] = (lambda i, run=run, act=act, out=out: run(copies[i], act, out), len(copies))
-        for tag, found in timing.time_interleaved(calls, budget_ms).items():
-            row: Row = {"impl": "marlin", "op": kind, "config": tag, "m": m, "n": setting.n, "k": setting.k}
-            rows.append({**row, "us": round(found.us, 2)})
-        best = min(rows[-len(calls) :], key=lambda row: row["us"])
-        print(f"{kind} {setting.n}x{setting.k} M={m}: {best['config']} {best['us']} us", flush=True)
+        new = [
+            {
+                **{"impl": "marlin", "op": kind, "config": tag, "m": m, "n": setting.n, "k": setting.k},
+                "us": round(one.us, 2),
+            }
+            for tag, one in timing.time_interleaved(calls, budget_ms).items()
+        ]
+        rows += new
+        print(f"{kind} {setting.n}x{setting.k} M={m}: {describe_best(new)}", flush=True)
     return rows
+
+
+def describe_best(rows: Sequence[Row]) -> str:
+    """The fastest of the rows in words."""
+    if not rows:
+        return "no configuration to time"
+    best = min(rows, key=lambda row: row["us"])
+    return f"{best['config']} {best['us']} us, the best of {len(rows)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns 0, or 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="marlin bench tiles", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="block", help="presets or NxK, comma-separated")
     parser.add_argument("--batches", default="1,8,16,24,32,48,64,100,128,256,512,1024,4096")
     parser.add_argument("--kinds", default=",".join(KINDS))

@@ -55,15 +55,20 @@ class Traffic:
         return 1e6 * max(self.total_bytes / ceilings.read_bytes_per_s, self.flops / ceilings.rate(op))
 
 
-def weight_bytes(op: str, n: int, k: int, group_size: int) -> int:
-    """Bytes of a weight [N, K] with 16-bit scales, metadata included. Raises: ValueError (unknown op)."""
+def weight_bytes(op: str, n: int, k: int, group_size: int, meta_bits: int | None = None) -> int:
+    """Bytes of a weight [N, K] with 16-bit scales, metadata included.
+
+    meta_bits: bits of metadata per group of four, where they are not those of `BITS`. Raises: ValueError (unknown op).
+    """
     if op not in BITS:
         raise ValueError(message("benchmarks.traffic", f"op must be one of {tuple(BITS)}", repr(op)))
     values, meta = BITS[op]
+    if meta and meta_bits is not None:
+        meta = meta_bits / 4
     groups = 0 if op.startswith("fp16") else 1 if group_size == -1 else -(-k // group_size)
     return int(n * k * (values + meta)) // 8 + 2 * n * groups
 
 
-def traffic(op: str, m: int, n: int, k: int, group_size: int) -> Traffic:
+def traffic(op: str, m: int, n: int, k: int, group_size: int, meta_bits: int | None = None) -> Traffic:
     """Traffic of out[M, N] = act[M, K] @ weight[N, K].T with 16-bit act and out; flops are dense-equivalent."""
-    return Traffic(weight_bytes(op, n, k, group_size), 2 * m * k, 2 * m * n, 2 * m * n * k)
+    return Traffic(weight_bytes(op, n, k, group_size, meta_bits), 2 * m * k, 2 * m * n, 2 * m * n * k)

@@ -11,7 +11,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import candidates, gemm, gpu, machine, peers, presets, records, report, timing, traffic
+from benchmarks import (
+    candidates,
+    cliffs,
+    figures,
+    gemm,
+    gpu,
+    isolated,
+    machine,
+    peers,
+    presets,
+    records,
+    report,
+    rows,
+    tiles,
+    timing,
+    traffic,
+)
 from benchmarks.candidates import AbsentError, Setting
 
 # The shapes, batch sizes and fields that the targets are stated in, written out a second time.
@@ -68,8 +84,9 @@ def block_rows(m: int = 16) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """An empty folder of records in place of the project's."""
+    """An empty folder of records in place of the project's, and of figures."""
     original = records.read_all
+    monkeypatch.setattr(figures, "FOLDER", tmp_path / "figures")
     monkeypatch.setattr(records, "read_all", lambda kind: original(kind, tmp_path))
     return tmp_path
 
@@ -104,6 +121,27 @@ def test_presets_lists_join_without_repeats() -> None:
     assert len(presets.shapes("llama2-70b,llama3.1-70b")) == 4
     assert presets.batches("17,standard,16") == sorted([*TARGET_BATCHES, 17])
     assert {17, 33, 65, 100, 129, 300} <= set(presets.batches("odd"))
+
+
+def test_presets_default_parts_cover_the_targets_and_every_model_once() -> None:
+    parts = presets.default_parts()
+    points = [(part.dtype, m, shape) for part in parts for shape in part.shapes for m in part.batches]
+    assert len(points) == len(set(points))
+    for shape in TARGET_BLOCK:
+        for dtype in ("float16", "bfloat16"):
+            assert {(dtype, m, shape) for m in TARGET_BATCHES} <= set(points)
+        assert {("float16", m, shape) for m in (17, 33, 65, 100, 129, 300, 512)} <= set(points)
+    every = {(layer.n, layer.k) for layers in presets.PRESETS.values() for layer in layers}
+    assert {("float16", 16, shape) for shape in every} <= set(points)
+    assert presets.LARGE in every
+
+
+def test_presets_models_are_named_once() -> None:
+    assert presets.models("all") == [name for name in presets.PRESETS if name != "llama3.1-70b"]
+    assert presets.models("llama3.1-70b, llama2-7b") == ["llama3.1-70b", "llama2-7b"]
+    assert set(presets.LABELS) == set(presets.PRESETS)
+    with pytest.raises(ValueError, match=r"^benchmarks\.presets: a model must be one of all, .*; got 'gpt'\.$"):
+        presets.models("gpt")
 
 
 def test_presets_unknown_names_are_refused() -> None:
@@ -150,6 +188,21 @@ def test_traffic_bytes_equal_those_of_packed_weights() -> None:
         assert packed.nbytes == traffic.weight_bytes(kind, 128, 256, 128)
 
 
+def test_traffic_metadata_in_three_bits_is_fewer_bytes() -> None:
+    assert traffic.weight_bytes("w4a16_sp24", 4096, 4096, 128, 3) * 8 / 4096**2 == 2.875
+    assert traffic.weight_bytes("w4a16_dense", 4096, 4096, 128, None) * 8 / 4096**2 == 4.125
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (72, 96)])
+def test_candidates_metadata_bits_are_those_of_the_tensor(shape: tuple[int, int]) -> None:
+    setting = Setting(*shape, torch.float16, 32, 0, torch.device("cpu"))
+    packed = candidates.pack(candidates.random_weight("w4a16_sp24", setting), torch.float16)
+    assert packed.meta is not None and candidates.meta_bits(packed) == 4
+    three = dataclasses.replace(packed, meta=packed.meta.flatten()[: packed.meta.numel() * 3 // 4])
+    assert candidates.meta_bits(three) == 3
+    assert candidates.meta_bits(dataclasses.replace(packed, meta=None)) is None
+
+
 # Timing
 
 
@@ -175,6 +228,86 @@ def test_timing_long_calls_are_few(call_us: float, launches: int) -> None:
 def test_timing_percentiles_are_ordered() -> None:
     assert timing.percentiles([float(x) for x in range(100, -1, -1)]) == (50.0, 10.0, 90.0)
     assert timing.percentiles([3.0]) == (3.0, 3.0, 3.0)
+
+
+def test_timing_gives_every_part_its_turn_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MAX_ROUNDS", 8)
+    turns: list[str] = []
+
+    class Elsewhere:
+        launches = 3
+
+        def queue(self) -> None:
+            turns.append("there")
+
+        def collect(self) -> list[float]:
+            return [2.0] * turns.count("there")
+
+        def reset(self) -> None:
+            turns.append("reset")
+
+    found = timing.time_interleaved({"here": (lambda i: turns.append("here"), 2)}, 1.0, None, {"there": Elsewhere})
+    assert set(found) == {"here", "there"} and found["there"].us == 2.0 and found["there"].launches == 3
+    assert turns.count("there") == 1 + 8 and turns[-1] == "reset"
+    first, second = [i for i, turn in enumerate(turns) if turn == "there"][:2]
+    assert set(turns[first + 1 : second]) == {"here"}
+
+
+def test_timing_what_fails_is_left_out_and_told() -> None:
+    def fails(i: int) -> None:
+        raise RuntimeError("no")
+
+    told: list[str] = []
+    found = timing.time_interleaved(
+        {"good": (lambda i: None, 2), "bad": (fails, 2)}, 0.1, lambda name, error: told.append(f"{name}: {error}")
+    )
+    assert set(found) == {"good"} and told == ["bad: no"]
+    with pytest.raises(RuntimeError, match=r"^no$"):
+        timing.time_interleaved({"bad": (fails, 2)}, 0.1)
+
+
+# Cliffs
+
+
+def test_cliffs_name_what_is_slow_and_nothing_else() -> None:
+    rows = []
+    for m, us in ((16, 10.0), (17, 14.0), (32, 12.0), (64, 45.0)):
+        rows.append(make_row("cublas", "fp16", m, 4096, 4096, 40.0))
+        rows.append(make_row("marlin", "w4a16_sp24", m, 4096, 4096, us))
+        rows.append(make_row("humming", "w4a16_dense", m, 4096, 4096, 100.0))
+    assert list(cliffs.lines(rows)) == [
+        "w4a16_sp24 slower than cuBLAS: 4096x4096 float16 M=64 0.89x",
+        "w4a16_sp24 cliffs: 4096x4096 float16 M=17 1.17 times M=32",
+    ]
+    small = [make_row("cublas", "fp16", 64, 1024, 4096, 40.0), make_row("marlin", "w4a16_sp24", 64, 1024, 4096, 45.0)]
+    assert list(cliffs.lines(small)) == ["w4a16_sp24 slower than cuBLAS: nowhere", "w4a16_sp24 cliffs: none"]
+
+
+# Tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeTile:
+    block_m: int
+    family: str = "sm80"
+
+
+def test_tiles_near_m_are_timed_and_the_largest_of_each_family_always() -> None:
+    configs = [FakeTile(8), FakeTile(16), FakeTile(64), FakeTile(128), FakeTile(8, "sm90"), FakeTile(256, "sm90")]
+
+    def timed(m: int) -> list[int]:
+        return [config.block_m for config in configs if tiles.worth_timing(config, m, configs)]
+
+    assert timed(1) == [8, 8]
+    assert timed(16) == [8, 16, 8]
+    assert timed(4096) == [128, 256]
+    assert timed(16384) == [128, 256]
+
+
+def test_tiles_say_so_when_there_is_nothing_to_time() -> None:
+    assert tiles.describe_best([]) == "no configuration to time"
+    rows = [{"config": "a", "us": 3.0}, {"config": "b", "us": 2.0}]
+    assert tiles.describe_best(rows) == "b 2.0 us, the best of 2"
 
 
 # Records
@@ -272,7 +405,7 @@ def test_machine_slug_is_a_file_name() -> None:
 def test_report_block_table_shows_sums_speedups_and_floor(folder: pathlib.Path) -> None:
     records.write(folder / "gemm-h100.json", make_record(block_rows()))
     text = report.TABLES["block"]()
-    sums = report.block_sums(block_rows(), TARGET_BLOCK, 16)[report.OURS]
+    sums = rows.block_sums(block_rows(), TARGET_BLOCK, 16)[rows.OURS]
     share = f"{100 * sums['floor_us'] / 40.0:.0f} %"
     assert f"| 16 | 160.0 | 4.00x | 2.50x | 40.0 | {share} |" in text
     assert "| M | cuBLAS, µs | **2:4 INT4** | published Sparse-Marlin, 2:4 INT4 | 2:4 INT4, µs | of the floor |" in text
@@ -288,8 +421,8 @@ def test_report_marks_records_of_other_kernels_as_stale(folder: pathlib.Path) ->
 
 
 def test_report_sum_is_left_out_when_a_layer_is_missing() -> None:
-    rows = [row for row in block_rows() if (row["impl"], row["n"]) != ("sparse-marlin", 28672)]
-    assert set(report.block_sums(rows, TARGET_BLOCK, 16)) == {report.BASELINE, report.OURS}
+    some = [row for row in block_rows() if (row["impl"], row["n"]) != ("sparse-marlin", 28672)]
+    assert set(rows.block_sums(some, TARGET_BLOCK, 16)) == {rows.BASELINE, rows.OURS}
 
 
 def test_report_layers_and_models_have_a_line_each(folder: pathlib.Path) -> None:
@@ -344,18 +477,6 @@ def test_report_bad_markers_are_refused(text: str, said: str) -> None:
     assert str(caught.value).startswith("benchmarks.report: README.md: ") and said in str(caught.value)
 
 
-def test_figures_are_drawn_and_the_same_twice(tmp_path: pathlib.Path) -> None:
-    figures = pytest.importorskip("benchmarks.figures", reason="matplotlib is not installed", exc_type=ImportError)
-    record = make_record(block_rows(1) + block_rows(16))
-    assert figures.largest(record["rows"]) == (28672, 4096)
-    assert figures.speedups(record["rows"], TARGET_BLOCK)[report.OURS] == [(1, 4.0), (16, 4.0)]
-    for draw in (figures.draw_batches, figures.draw_layers):
-        draw(record, tmp_path / "one.svg")
-        draw(record, tmp_path / "two.svg")
-        assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
-        assert b"INT4" in (tmp_path / "one.svg").read_bytes()
-
-
 # Candidates, and a whole run on the CPU
 
 
@@ -393,7 +514,8 @@ def test_candidates_check_sees_an_entry_that_is_not_written(monkeypatch: pytest.
 
 
 def run_on_cpu(monkeypatch: pytest.MonkeyPatch, names: dict[str, candidates.Factory]) -> gemm.Run:
-    def fake_times(calls: Any, budget_ms: float, failed: Any) -> dict[str, timing.Timing]:
+    def fake_times(calls: Any, budget_ms: float, failed: Any, others: Any) -> dict[str, timing.Timing]:
+        assert not others
         times = {}
         for name, (call, copies) in calls.items():
             try:
@@ -404,8 +526,8 @@ def run_on_cpu(monkeypatch: pytest.MonkeyPatch, names: dict[str, candidates.Fact
         return times
 
     monkeypatch.setattr(timing, "time_interleaved", fake_times)
-    run = gemm.Run(names, [1, 17], 128, 1.0, CEILINGS)
-    run.measure(cpu_setting())
+    run = gemm.Run(names, 128, 1.0, CEILINGS)
+    run.measure(cpu_setting(), [1, 17])
     return run
 
 
@@ -424,7 +546,10 @@ def test_gemm_missing_peer_is_absent_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("MARLIN_PEERS_DIR", raising=False)
-    run = run_on_cpu(monkeypatch, {"cublas": candidates.cublas, "sparse-marlin": peers.sparse_marlin})
+    peer = peers.PEERS["sparse-marlin"]
+    assert isinstance(peer, isolated.Peer)
+    process = isolated.Process(peer, 1.0)
+    run = run_on_cpu(monkeypatch, {"cublas": candidates.cublas, "sparse-marlin": process.build})
     assert run.absent == {"sparse-marlin float16": "MARLIN_PEERS_DIR is not set"}
     assert "sparse-marlin (float16): absent (MARLIN_PEERS_DIR is not set)" in capsys.readouterr().out
     assert {row["impl"] for row in run.rows} == {"cublas"} and not run.faults
@@ -438,7 +563,7 @@ def test_gemm_peer_that_fails_when_called_is_absent(monkeypatch: pytest.MonkeyPa
         return candidates.Prepared("humming", "w4a16_dense", 2, call)
 
     run = run_on_cpu(monkeypatch, {"cublas": candidates.cublas, "humming": refuses})
-    assert run.absent == {"humming float16": "AbsentError: refused the problem"} and not run.faults
+    assert run.absent == {"humming float16": "refused the problem"} and not run.faults
 
 
 def test_gemm_wrong_kernel_is_a_fault_and_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,7 +621,9 @@ def test_gpu_measures_only_when_tests_pass(
     assert ran == ["compile", "tests"]
     assert "gemm      skipped" in capsys.readouterr().out
     assert gpu.main(["--keep-going"]) == 1
-    assert ran[2:] == list(gpu.STEPS)
+    assert ran[2:] == ["compile", "tests", "ceilings", "gemm", "report"]
+    assert gpu.main(["--keep-going", "--also", "decode,sustained"]) == 1
+    assert ran[7:] == list(gpu.STEPS)
 
 
 def test_gpu_copies_records_and_logs_to_out(

@@ -317,7 +317,7 @@ def test_debug_keeps_the_traceback(dense: Path) -> None:
 
 def test_kernels_list_and_its_filter() -> None:
     rows = json.loads(run("kernels", "list", "--json").stdout)
-    assert {row["name"] for row in rows} == {"sm80_w4a16_sp24", "sm80_w4a16_dense"}
+    assert {"sm80_w4a16_sp24", "sm80_w4a16_dense"} <= {row["name"] for row in rows}
     assert len({row["entry"] for row in rows}) == len(rows)
     some = json.loads(run("kernels", "list", "--only", "sp24_fp16_g128", "--json").stdout)
     assert 0 < len(some) < len(rows) and all("sp24_fp16_g128" in row["entry"] for row in some)
@@ -342,8 +342,13 @@ def test_kernels_explain_marks_the_cheapest_as_chosen() -> None:
     chosen = [row for row in report["candidates"] if row["chosen"]]
     estimates = [row["estimate_us"] for row in report["candidates"] if row["estimate_us"] is not None]
     assert len(chosen) == 1 and chosen[0]["estimate_us"] == min(estimates)
-    assert chosen[0]["config"] in report["entry"]
-    assert report["entry"] in run(*arguments).stdout
+    assert chosen[0]["config"] in report["entry"] and chosen[0]["kernel"] == report["kernel"]
+    assert report["estimate_us"] == chosen[0]["estimate_us"] >= report["floor_us"] > 0
+    text = run(*arguments).stdout
+    assert report["entry"] in text and f"{len(report['candidates']) - 6} more with --all" in text
+    assert text.count("times\n") + text.count("chosen") == 6
+    every = run(*arguments, "--all").stdout
+    assert all(row["config"] in every for row in report["candidates"]) and "more with --all" not in every
     assert error_of("kernels", "explain", "16", "4100", "4096", "--gpu", "h100") == (
         "error: w4a16_sp24: N must be a positive multiple of 8; got N=4100. Pad the rows."
     )
@@ -403,18 +408,47 @@ def test_bench_needs_a_checkout_and_passes_arguments_on(monkeypatch: pytest.Monk
     from marlin.cli import bench
 
     monkeypatch.setattr(bench, "checkout", lambda: None)
-    assert error_of("bench") == (
+    assert error_of("bench", "gemm") == (
         "error: bench: the benchmarks live in a source checkout; got none here. Clone the repository and run it there."
     )
     package = tmp_path / "benchmarks"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "gemm.py").write_text("def main(argv):\n    print('ran', argv)\n    return 3\n")
+    (package / "decode.py").write_text(
+        "import argparse\ndef main(argv):\n    argparse.ArgumentParser().parse_args(argv)\n"
+    )
     monkeypatch.setattr(bench, "checkout", lambda: tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
         monkeypatch.delitem(sys.modules, name)
-    assert "ran ['--quick', '--shapes', 'block']" in run("bench", "--quick", "--shapes", "block", code=3).stdout
+    assert "ran ['--quick', '--shapes', 'block']" in run("bench", "gemm", "--quick", "--shapes", "block", code=3).stdout
+    assert "show this help message" in run("bench", "decode", "--help").stdout
+    run("bench", "decode", "--nope", code=2)
+    assert error_of("bench", "tiles").startswith("error: bench: benchmarks must be importable; got no benchmarks.tiles")
+
+
+def test_bench_offers_what_the_checkout_has() -> None:
+    from marlin.cli import bench
+
+    root = bench.checkout()
+    assert root is not None
+    assert all((root / "benchmarks" / f"{module}.py").is_file() for module, _ in bench.BENCHMARKS.values())
+    text = run("bench", "--help").stdout
+    assert all(name in text for name in bench.BENCHMARKS) and "marlin bench gemm --quick" in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["kernels", "explain", "16", "4096", "4096", "--gpu", "h100"]])
+def test_command_that_needs_no_torch_does_not_wait_for_it(arguments: list[str]) -> None:
+    code = (
+        f"import sys; sys.argv = ['marlin', *{arguments!r}]\n"
+        "from marlin.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'a heavy import'"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 def test_module_form_of_the_command_runs() -> None:

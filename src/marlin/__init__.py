@@ -1,7 +1,8 @@
 """INT4 linear layers with 2:4 sparsity: compress a model, save it, load it, run it through fast CUDA kernels.
 
-Importing this registers `torch.ops.marlin.*` and the quantizer of transformers. Nothing compiles, starts a GPU or
-touches the disk; every other public name is imported on first use.
+Importing this registers `torch.ops.marlin.*` and the quantizer of transformers, each as soon as torch or transformers
+is imported: before or after this, never by it. Nothing compiles, starts a GPU or touches the disk; every public name is
+imported on first use.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from marlin import ops as ops
 from marlin.integrations.transformers import register_lazily
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ _HOMES = {
     "marlin.nn": ("SparseLinear", "replace_linears", "sparse_linears"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_SUBMODULES = ("api", "compat", "compress", "errors", "evaluate", "formats", "nn", "runtime")
+_SUBMODULES = ("api", "compat", "compress", "errors", "evaluate", "formats", "nn", "ops", "runtime")
 
 __all__ = ["__version__", "compress", "ops", *sorted(_HOME_OF)]
 

@@ -54,7 +54,7 @@ app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.add_typer(kernels.app, name="kernels")
-app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench.bench)
+app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 
