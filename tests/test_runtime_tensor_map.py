@@ -29,9 +29,7 @@ class FakeLibrary:
 def fake(monkeypatch):
     library = FakeLibrary()
     monkeypatch.setattr(driver, "libcuda", lambda: library)
-    tensor_map.encode.cache_clear()
-    yield library
-    tensor_map.encode.cache_clear()
+    return library
 
 
 def test_encode_describes_activations_in_swizzled_panels(fake):
@@ -40,9 +38,8 @@ def test_encode_describes_activations_in_swizzled_panels(fake):
     assert fake.asked == [(9, 3, 4096, [64, 7, 3], [384, 128], [64, 16, 2], [1, 1, 1], 0, 3, 3, 0)]
 
 
-def test_encode_does_not_swizzle_packed_words_and_remembers_what_it_described(fake):
-    for _ in range(2):
-        tensor_map.encode(8192, "uint64", (128, 4, 2), (1024, 4096), (128, 2, 1))
+def test_encode_does_not_swizzle_packed_words(fake):
+    tensor_map.encode(8192, "uint64", (128, 4, 2), (1024, 4096), (128, 2, 1))
     assert [(asked[0], asked[8]) for asked in fake.asked] == [(4, 0)]
 
 

@@ -1,4 +1,7 @@
-"""Run a plan: load its kernel once per device, then put pointers on a stream. Pointers and ints only."""
+"""Run a plan: load its kernel once per device, then put pointers on a stream. Pointers and ints only.
+
+Owns what calls of one plan share (kernel, descriptions for the copy engine), so that a call does little on the host.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,13 @@ import functools
 import os
 
 from marlin.runtime import cache, compiler, driver, tensor_map
-from marlin.runtime.config_sm90 import WarpgroupConfig
 from marlin.runtime.plan import Plan
-from marlin.runtime.problem import Problem
 from marlin.runtime.source import Variant
 
 # Whether Hopper kernels may start while the kernel before them ends. They read packed weights before that one has
 # ended: weights must not be written by a kernel that lets its successor start early.
 PDL = os.environ.get("MARLIN_PDL", "1") != "0"
+_MAX_LAUNCHERS, _MAX_MAPS = 8192, 4096
 
 
 @functools.cache
@@ -28,6 +30,60 @@ def kernel(variant: Variant, arch: str, device_index: int) -> driver.Kernel:
     return driver.load_kernel(
         cubin, variant.entry, device_index=device_index, smem_bytes=variant.smem_bytes, signature=variant.signature
     )
+
+
+class _Launcher:
+    """A plan with its kernel loaded, and the descriptions of tensors that its calls have used."""
+
+    def __init__(self, plan: Plan) -> None:
+        device, problem, config = plan.device, plan.problem, plan.config
+        self.plan = plan
+        self.kernel = kernel(plan.variant, compiler.arch_for(device.arch), device.index)
+        self.blocks, self.threads = (plan.geometry.grid, 1, 1), plan.variant.threads
+        self.extents, self.schedule = (problem.m, problem.n, problem.k), tuple(plan.geometry[1:])
+        self.mapped, self.cluster = config.family == "sm90", config.cluster
+        self.act_maps: dict[tuple[int, int], bytes] = {}
+        self.weight_maps: dict[tuple[int, int, int], tuple[bytes, bytes, bytes]] = {}
+
+    def act_map(self, act: int, lda: int) -> bytes:
+        """act [M, K] as [K / 64][M][64]."""
+        found = self.act_maps.get((act, lda))
+        if found is None:
+            if len(self.act_maps) >= _MAX_MAPS:
+                self.act_maps.clear()
+            (m, _, k), config = self.extents, self.plan.config
+            extents, box = (64, m, k // 64), (64, config.block_m, config.block_k // 64)
+            found = tensor_map.encode(act, self.plan.problem.dtype, extents, (2 * lda, 128), box)
+            self.act_maps[act, lda] = found
+        return found
+
+    def weight_map(self, codes: int, meta: int, scales: int) -> tuple[bytes, bytes, bytes]:
+        """Codes, metadata and scales in words of 8 bytes, a tile (64 rows of one group) in the innermost dimension."""
+        found = self.weight_maps.get((codes, meta, scales))
+        if found is None:
+            if len(self.weight_maps) >= _MAX_MAPS:
+                self.weight_maps.clear()
+            found = self.weight_maps[codes, meta, scales] = _weight_maps(self.plan, codes, meta, scales)
+        return found
+
+
+def _weight_maps(plan: Plan, codes: int, meta: int, scales: int) -> tuple[bytes, bytes, bytes]:
+    problem, config = plan.problem, plan.config
+    tiles_n, tiles_k = -(-problem.n // 64), problem.k // 64
+    groups = 1 if problem.group_size == -1 else problem.k // problem.group_size
+    sparse = problem.kind == "w4a16_sp24"
+
+    def words(pointer: int, inner: int, columns: int, box_columns: int) -> bytes:
+        strides, box = (8 * inner, 8 * inner * columns), (inner, box_columns, config.block_n // 64)
+        return tensor_map.encode(pointer, "uint64", (inner, columns, tiles_n), strides, box)
+
+    code_map = words(codes, 128 if sparse else 256, tiles_k, config.block_k // 64)
+    meta_map = words(meta, 64, tiles_k, config.block_k // 64) if sparse else code_map
+    return code_map, meta_map, words(scales, 16, groups, config.chunk_groups(problem.group_size))
+
+
+# Why by identity: hashing a plan takes longer than launching it. The plan is kept, so its number is not used again.
+_launchers: dict[int, _Launcher] = {}
 
 
 def launch(
@@ -48,40 +104,16 @@ def launch(
 
     Raises: LaunchError (the driver's word), and what compiling on first use raises.
     """
-    device, problem, shape = plan.device, plan.problem, plan.geometry
-    loaded = kernel(plan.variant, compiler.arch_for(device.arch), device.index)
-    rest, extents = (bias, out, workspace, tickets), (problem.m, problem.n, problem.k)
-    blocks = (shape.grid, 1, 1)
-    if isinstance(plan.config, WarpgroupConfig):
-        maps = (_act_map(plan, act, lda), *_weight_maps(plan.config, problem, codes, meta, scales))
-        args = (*maps, *rest, *extents, *shape[1:])
-        loaded.launch(blocks, plan.variant.threads, stream, args, pdl=PDL, cluster=plan.config.cluster)
+    found = _launchers.get(id(plan))
+    if found is None:
+        if len(_launchers) >= _MAX_LAUNCHERS:
+            _launchers.clear()
+        found = _launchers[id(plan)] = _Launcher(plan)
+    rest = (bias, out, workspace, tickets, *found.extents)
+    if found.mapped:
+        args = (found.act_map(act, lda), *found.weight_map(codes, meta, scales), *rest, *found.schedule)
+        found.kernel.launch(found.blocks, found.threads, stream, args, pdl=PDL, cluster=found.cluster)
     else:
-        operands = (act, codes, meta, scales, *rest, *extents, lda)
-        loaded.launch(blocks, plan.variant.threads, stream, (*operands, *shape[1:]))
-
-
-def _act_map(plan: Plan, act: int, lda: int) -> bytes:
-    """act [M, K] as [K / 64][M][64]."""
-    m, k, config = plan.problem.m, plan.problem.k, plan.config
-    return tensor_map.encode(
-        act, plan.problem.dtype, (64, m, k // 64), (2 * lda, 128), (64, config.block_m, config.block_k // 64)
-    )
-
-
-@functools.lru_cache(maxsize=8192)
-def _weight_maps(config: WarpgroupConfig, problem: Problem, codes: int, meta: int, scales: int) -> tuple[bytes, ...]:
-    """Codes, metadata and scales in words of 8 bytes, a tile (64 rows of one group) in the innermost dimension."""
-    tiles_n, tiles_k = -(-problem.n // 64), problem.k // 64
-    groups = 1 if problem.group_size == -1 else problem.k // problem.group_size
-    sparse = problem.kind == "w4a16_sp24"
-
-    def words(pointer: int, inner: int, columns: int, box_columns: int) -> bytes:
-        strides = (8 * inner, 8 * inner * columns)
-        return tensor_map.encode(
-            pointer, "uint64", (inner, columns, tiles_n), strides, (inner, box_columns, config.wgs_n)
+        found.kernel.launch(
+            found.blocks, found.threads, stream, (act, codes, meta, scales, *rest, lda, *found.schedule)
         )
-
-    code_map = words(codes, 128 if sparse else 256, tiles_k, config.block_k // 64)
-    meta_map = words(meta, 64, tiles_k, config.block_k // 64) if sparse else code_map
-    return code_map, meta_map, words(scales, 16, groups, config.chunk_groups(problem.group_size))

@@ -6,7 +6,6 @@ Knows pointers and extents; nothing of what a tensor holds.
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
 
 from marlin.errors import LaunchError, message
 from marlin.runtime import driver
@@ -17,7 +16,6 @@ _DTYPES = {"uint64": 4, "float16": 6, "bfloat16": 9}
 _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES = 3, 3
 
 
-@lru_cache(maxsize=16384)
 def encode(
     pointer: int, dtype: str, extents: tuple[int, int, int], strides: tuple[int, int], box: tuple[int, int, int]
 ) -> bytes:
