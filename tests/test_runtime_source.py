@@ -1,14 +1,10 @@
-"""Kernel text: variants, entry points, and the emitted file."""
+"""Kernel text: variants and entry points."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 
-from marlin.runtime.source import ARGUMENTS, ARGUMENTS_SM90, SIGNATURES, all_variants, emit
+from marlin.runtime.source import ARGUMENTS, ARGUMENTS_SM90, SIGNATURES, all_variants
 from marlin.runtime.wgmma import wgmma_text
 
 
@@ -47,35 +43,3 @@ def test_wgmma_text_lists_every_register_of_a_token_tile() -> None:
         assert "{" + ", ".join(f"%{i}" for i in range(12)) + "}" in wrapper
         assert wrapper.count('"+f"') == 12
         assert "d[2][3]" in wrapper and "d[3]" not in wrapper
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (
-            {"name": "sm80"},
-            "kernels emit: NAME must be one of ('sm80_w4a16_sp24', 'sm80_w4a16_dense'); got 'sm80'.",
-        ),
-        (
-            {"name": "sm80_w4a16_sp24", "dtype": "float32"},
-            "kernels emit: dtype must be one of ('float16', 'bfloat16'); got 'float32'.",
-        ),
-        (
-            {"name": "sm80_w4a16_sp24", "group_size": 16},
-            "kernels emit: group_size must be one of (32, 64, 128, -1); got 16.",
-        ),
-    ],
-)
-def test_emit_refuses_what_it_does_not_know(arguments: dict, text: str) -> None:
-    with pytest.raises(ValueError) as error:
-        emit(**arguments)
-    assert str(error.value) == text
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_emitted_file_builds_with_nvcc_alone(tmp_path: Path) -> None:
-    source = tmp_path / "kernel.cu"
-    source.write_text(emit("sm80_w4a16_sp24", dtype="bfloat16", group_size=64))
-    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-c", str(source), "-o", str(tmp_path / "kernel.o")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from marlin.runtime.build import BuildRow
     from marlin.runtime.source import Variant
 
+RUNNERS_UP = 5  # that `explain` shows unless told otherwise
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -132,7 +134,9 @@ def build(
 
 @app.command()
 def emit(
-    name: str = typer.Argument(..., help="Kernel family: sm80_w4a16_sp24 or sm80_w4a16_dense."),
+    name: str = typer.Argument(
+        ..., help="Kernel family: sm80_w4a16_sp24, sm80_w4a16_dense, sm90_w4a16_sp24 or sm90_w4a16_dense."
+    ),
     output: Path | None = typer.Option(None, "--output", "-o", help="File to write; stdout when left out."),
     dtype: str = typer.Option("float16", "--dtype", help="float16 or bfloat16."),
     group_size: int = typer.Option(128, "--group-size", help="32, 64, 128 or -1."),
@@ -143,10 +147,12 @@ def emit(
     Examples:
       marlin kernels emit sm80_w4a16_sp24 -o kernel.cu
       marlin kernels emit sm80_w4a16_dense --dtype bfloat16 --group-size -1
+      marlin kernels emit sm90_w4a16_sp24 -o kernel.cu
+      marlin kernels emit sm90_w4a16_dense --group-size 32
     """
-    from marlin.runtime import source
+    from marlin.runtime import emit as emitter
 
-    text = source.emit(name, dtype=dtype, group_size=group_size)
+    text = emitter.emit(name, dtype=dtype, group_size=group_size)
     if output is None:
         typer.echo(text)
         return
@@ -168,43 +174,42 @@ def explain(
     dtype: str = typer.Option("float16", "--dtype", help="float16 or bfloat16."),
     group_size: int = typer.Option(128, "--group-size", help="32, 64, 128 or -1."),
     gpu: str | None = typer.Option(None, "--gpu", help=f"{', '.join(GPUS)}; default: the GPU here, else h100."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    every: bool = typer.Option(False, "--all", help="Every configuration, with the reason against those that are out."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON: every configuration."),
 ) -> None:
-    """Show which configuration runs a shape, with the estimate or the reason against each other one.
+    """Show which kernel and tile run a shape, the estimated time, the floor, and the runners-up.
+
+    The floor is the larger of bytes over the memory bandwidth and operations over the tensor cores' rate, both by data
+    sheet: no kernel is faster.
 
     \b
     Examples:
       marlin kernels explain 16 4096 4096
-      marlin kernels explain 1 28672 8192 --kind w4a16_dense --gpu a100
+      marlin kernels explain 1 28672 8192 --kind w4a16_dense --gpu a100 --all
     """
-    from marlin.runtime import Problem, candidates, make_plan
+    from marlin.runtime import Problem
+    from marlin.runtime.explain import explain as explain_problem
 
-    device = gpu_here_or(gpu)
-    problem = Problem(m, n, k, group_size, dtype, kind)
-    plan = make_plan(problem, device)
-    rows = [
-        {"config": c.config.tag, "estimate_us": c.us, "reason": c.reason, "chosen": c.config == plan.config}
-        for c in candidates(problem, device)
-    ]
+    found = explain_problem(Problem(m, n, k, group_size, dtype, kind), gpu_here_or(gpu))
     if as_json:
-        print_json(
-            {
-                "problem": problem._asdict(),
-                "gpu": device.name,
-                "entry": plan.variant.entry,
-                "grid": plan.geometry.grid,
-                "workspace_bytes": plan.workspace_bytes,
-                "candidates": rows,
-            }
-        )
+        print_json(found.as_dict())
         return
+    plan, floor = found.plan, found.floor
     console = out()
-    console.print(f"{kind} M={m} N={n} K={k} group_size={group_size} {dtype} on {device.name}", soft_wrap=True)
-    blocks = f"{plan.geometry.grid} blocks of {plan.config.threads} threads"
-    console.print(f"runs {plan.variant.entry}: {blocks}, workspace {plan.workspace_bytes} bytes", soft_wrap=True)
-    table = Table("config", "estimate", "", box=None, pad_edge=False)
+    console.print(f"{kind} M={m} N={n} K={k} group_size={group_size} {dtype} on {plan.device.name}", soft_wrap=True)
+    blocks = f"{plan.geometry.grid} blocks of {plan.config.threads} threads, workspace {plan.workspace_bytes} bytes"
+    console.print(f"runs {plan.variant.entry}: {blocks}", soft_wrap=True)
+    share = f"{100 * floor.us / found.estimate_us:.0f} %"
+    times = f"memory {floor.memory_us:.1f}, tensor cores {floor.tensor_us:.1f}"
+    console.print(f"estimate {found.estimate_us:.1f} us; floor {floor.us:.1f} us ({times}), {share} of the estimate")
+    rows = found.order if every else (found.chosen, *found.runners_up[:RUNNERS_UP])
+    table = Table("kernel", "tile", "estimate", "", box=None, pad_edge=False)
     for row in rows:
-        estimate = "-" if row["estimate_us"] is None else f"{row['estimate_us']:.1f} us"
-        table.add_row(str(row["config"]), estimate, str(row["reason"] or ("chosen" if row["chosen"] else "")))
-    console.width = max(console.width, 110)
+        over = "" if row.us is None else f"{row.us / found.estimate_us:.2f} times"
+        verdict = "chosen" if row == found.chosen else over or str(row.reason)
+        table.add_row(row.kernel or "-", row.config, "-" if row.us is None else f"{row.us:.1f} us", verdict)
+    console.width = max(console.width, 130)
     console.print(table)
+    hidden = len(found.order) - len(rows)
+    if hidden:
+        console.print(f"{hidden} more with --all")

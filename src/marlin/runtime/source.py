@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from marlin.errors import require
-from marlin.runtime.config import GROUP_SIZES, Config, TileConfig, all_configs
+from marlin.runtime.config import GROUP_SIZES, Config, all_configs
 from marlin.runtime.config_sm90 import WarpgroupConfig
 from marlin.runtime.problem import DTYPES, KINDS
 from marlin.runtime.wgmma import wgmma_text
@@ -159,74 +158,3 @@ def all_variants() -> list[Variant]:
         for group_size in GROUP_SIZES
         for config in all_configs(kind)
     ]
-
-
-_LAUNCHER = """
-// Computes out[M, N] = act[M, K] @ weight[N, K].T (+ bias) on `stream`.
-//   act [M, K], row stride act_stride, 16-byte aligned rows; weight as marlin.formats.layouts.pack orders it; bias [N]
-//   or null; out [M, N] contiguous. workspace: at least marlin_workspace_bytes() of device memory; tickets: one int per
-//   block of the grid (2 x multiprocessors suffice), all zero before the first call and left zero by every call; both
-//   belong to one stream. Returns a cudaError_t (0: success).
-extern "C" size_t marlin_workspace_bytes() { return %(workspace)du << 20; }
-
-extern "C" int marlin_launch(%(parameters)s, cudaStream_t stream) {
-    int device = 0, sms = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return error;
-    const bool legal = m >= 1 && n >= 8 && n %% 8 == 0 && k >= 32 && k %% 32 == 0 && act_stride >= k;
-    if (!legal || act_stride %% 8) return cudaErrorInvalidValue;
-%(cases)s}
-"""
-_CASE = """    %(condition)s{
-        constexpr int block_m = %(m)d, block_n = %(n)d, block_k = %(k)d;
-        const int m_tiles = (m + block_m - 1) / block_m, n_tiles = (n + block_n - 1) / block_n;
-        const int chunks = (k + block_k - 1) / block_k, tiles = m_tiles * n_tiles;
-        const long long units = static_cast<long long>(tiles) * chunks;
-        const int grid = static_cast<int>(units < %(ctas)d * sms ? units : %(ctas)d * sms);
-        const int whole = tiles / grid, split = tiles %% grid;
-        const int stripe = split ? (split * chunks + grid - 1) / grid : 1;
-        error = cudaFuncSetAttribute(%(entry)s, cudaFuncAttributeMaxDynamicSharedMemorySize, %(smem)d);
-        if (error != cudaSuccess) return error;
-        %(entry)s<<<grid, %(threads)d, %(smem)d, stream>>>(
-            %(arguments)s, m_tiles, n_tiles, chunks, split, stripe, whole);
-        return cudaGetLastError();
-    }
-"""
-
-
-def emit(name: str, *, dtype: str = "float16", group_size: int = 128) -> str:
-    """One self-contained .cu (base CUDA only) of a kernel family, with an `extern "C"` launcher.
-
-    name: "sm80_w4a16_sp24" or "sm80_w4a16_dense". The tile is chosen by M alone: the smallest token tile that holds it.
-    Raises: ValueError (unknown name, dtype or group size).
-    """
-    kinds = {f"sm80_{kind}": kind for kind in KINDS}
-    require(name in kinds, "kernels emit", f"NAME must be one of {tuple(kinds)}", repr(name))
-    require(dtype in DTYPES, "kernels emit", f"dtype must be one of {DTYPES}", repr(dtype))
-    require(group_size in GROUP_SIZES, "kernels emit", f"group_size must be one of {GROUP_SIZES}", str(group_size))
-    by_block_m = {c.block_m: c for c in reversed(all_configs(kinds[name])) if isinstance(c, TileConfig)}
-    variants = [Variant(kinds[name], dtype, group_size, by_block_m[m]) for m in sorted(by_block_m)]
-    arguments = [(kind, arg) for kind, arg, _ in ARGUMENTS][: [a for _, a, _ in ARGUMENTS].index("num_m_tiles")]
-    cases = "".join(
-        _CASE
-        % {
-            "condition": "" if variant is variants[-1] else f"if (m <= {variant.config.block_m}) ",
-            "m": variant.config.block_m,
-            "n": variant.config.block_n,
-            "k": variant.config.block_k,
-            "ctas": variant.config.ctas_per_sm,
-            "entry": variant.entry,
-            "smem": variant.smem_bytes,
-            "threads": variant.threads,
-            "arguments": ", ".join(arg for _, arg in arguments),
-        }
-        for variant in variants
-    )
-    launcher = _LAUNCHER % {
-        "workspace": 64,
-        "parameters": ", ".join(f"{kind} {arg}" for kind, arg in arguments),
-        "cases": cases,
-    }
-    head = f"// {name}, {dtype}, group_size {group_size}. Build: nvcc -std=c++17 -arch=sm_80 (or newer).\n"
-    return head + inline("sm80_w4a16.cuh") + "\n" + "\n".join(v.entry_text() for v in variants) + launcher
