@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import quality, records
+from benchmarks import quality, quality_methods, records
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(vocabulary),
         initializer_range=0.1,
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    transformers.LlamaForCausalLM(config).half().save_pretrained(folder / "model")
     (folder / "text").mkdir()
     for seed, name in enumerate(("calibration", "wiki", "news")):
         picks = torch.randint(0, len(WORDS), (400,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -44,13 +44,34 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "WINDOW", 32)
-    monkeypatch.setattr(quality, "MAX_RATIO", 3.0)
+    monkeypatch.setattr(quality_methods, "WINDOW", 32)
+    monkeypatch.setattr(quality_methods, "MAX_RATIO", 3.0)
 
 
 def run(data: Path, out: Path, *more: str) -> int:
     given = ["--data", str(data), "--name", "tiny", "--out", str(out), "--device", "cpu", "--samples", "4"]
     return quality.main([*given, "--work", str(out.parent / "work"), "--limit", "2", *more])
+
+
+def test_quality_recovers_with_the_best_trial_and_saves_what_it_measured(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quality-tiny.json"
+    settings = '{"length": 32, "batch": 4, "generated_rows": 4, "generated_length": 32, "generated_tokens": 256}'
+    more = ["--minutes", "0.03", "--trial-minutes", "0.01", "--recovery", settings, "--bits", "4.0"]
+    assert run(data, out, "--rows", "joint-recovered,auto-recovered", *more) == 0
+    recovered, auto = json.loads(out.read_text())["rows"]
+    assert recovered["key"] == "joint-recovered" and recovered["bits_per_weight"] == 3.25
+    assert 3.25 < auto["bits_per_weight"] <= 4.0
+    assert recovered["wiki"] == recovered["reloaded"] and auto["wiki"] == auto["reloaded"]
+    trials = json.loads((tmp_path / "work" / "trials.json").read_text())
+    assert set(trials) == set(quality_methods.TRIALS)
+    report = json.loads((tmp_path / "work" / "recovery-joint-recovered.json").read_text())
+    assert report["learning_rate"] == quality_methods.TRIALS[min(trials, key=trials.__getitem__)]["learning_rate"]
+
+
+def test_quality_leaves_rows_out_when_time_is_up(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quality-tiny.json"
+    assert run(data, out, "--rows", "dense,joint", "--until", "0") == 0
+    assert not out.exists()
 
 
 def test_quality_writes_a_row_per_method_in_the_order_of_the_table(data: Path, tmp_path: Path) -> None:

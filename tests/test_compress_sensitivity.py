@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from marlin.compress import LayerRecipe, Options, Recipe, compress_model, preset
-from marlin.compress.sensitivity import Choice, Unit, choose, measure, mixed_recipe
+from marlin.compress.sensitivity import Choice, Unit, choose, for_bits, measure, mixed_recipe
 from marlin.formats import Weight
 
 transformers = pytest.importorskip("transformers")
@@ -149,3 +149,32 @@ def test_choose_rejects_a_bound_that_is_not_above_one(weights: dict[str, Weight]
     with pytest.raises(ValueError) as caught:
         choose(tiny(), weights, tokens(1), max_ratio=1.0)
     assert str(caught.value) == "sensitivity.choose: max_ratio must be above 1; got max_ratio=1.0."
+
+
+def test_for_bits_makes_as_few_units_sparse_as_the_budget_needs(weights: dict[str, Weight]) -> None:
+    units = measure(tiny(), weights, tokens(1), options=EXACT)
+    dense = LayerRecipe(kind="w4a16_dense", group_size=32)
+    total = sum(unit.num_weights for unit in units)
+    sparse = []
+    for bits in (4.5, 4.2, 3.8, 3.5):
+        recipe = for_bits(units, weights, bits, dense)
+        names = {name for name in weights if recipe.layer(name).kind == "w4a16_sp24"}
+        chosen = [unit for unit in units if set(unit.layers) <= names]
+        assert sum(len(unit.layers) for unit in chosen) == len(names) and chosen == units[: len(chosen)]
+        share = sum(unit.num_weights for unit in chosen) / total
+        assert 4.5 - share <= bits + 1e-9
+        assert not chosen or 4.5 - (share - chosen[-1].num_weights / total) > bits
+        sparse.append(len(chosen))
+    assert sparse[0] == 0 and sparse == sorted(sparse) and sparse[-1] == len(units)
+
+
+def test_for_bits_counts_the_group_size_that_a_layer_gets(weights: dict[str, Weight]) -> None:
+    """in_features 64 and 96 take group 32 or 64 instead of 128, with more scales than asked for."""
+    units = [Unit(name, (name,), 1, 0.0) for name in weights]
+    with pytest.raises(ValueError) as caught:
+        for_bits(units, weights, 3.4, LayerRecipe(kind="w4a16_dense", group_size=128))
+    assert str(caught.value) == (
+        "for_bits: bits must be at least 3.500; got 3.4. Raise the bits, or use a larger group size."
+    )
+    assert for_bits(units, weights, 4.5, LayerRecipe(kind="w4a16_dense", group_size=128)).rules == ()
+    assert for_bits(units, weights, 4.2, LayerRecipe(kind="w4a16_dense", group_size=128)).rules != ()

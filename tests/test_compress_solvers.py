@@ -27,7 +27,7 @@ def problem(seed: int = 0, k: int = K) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def error_of(kind: str, method: str, weight: torch.Tensor, hessian: torch.Tensor, group_size: int = 32) -> float:
-    recipe = LayerRecipe(kind=kind, method=method, group_size=group_size)
+    recipe = LayerRecipe(kind=kind, method=method, group_size=group_size, order="natural")
     solution = solve(weight, recipe, group_size, hessian, factor(hessian, recipe.damping))
     return output_error(weight, solution.dense, hessian)
 
@@ -57,7 +57,7 @@ def test_solve_gptq_beats_rounding_to_nearest() -> None:
 @pytest.mark.parametrize(("kind", "method"), [(k, m) for k in METHODS for m in METHODS[k] if k != "skip"])
 def test_solve_dense_values_are_codes_times_scales(kind: str, method: str, group_size: int) -> None:
     weight, hessian = problem()
-    recipe = LayerRecipe(kind=kind, method=method, group_size=group_size)
+    recipe = LayerRecipe(kind=kind, method=method, group_size=group_size, order="natural")
     solution = solve(weight, recipe, group_size, hessian, factor(hessian, 0.01))
     canonical = solution.weight()
     if kind == "sp24":
@@ -74,8 +74,8 @@ def test_solve_dense_values_are_codes_times_scales(kind: str, method: str, group
 def test_solve_gives_each_of_stacked_layers_what_it_gets_alone() -> None:
     weight, hessian = problem()
     used = factor(hessian, 0.01)
-    whole = solve(weight, LayerRecipe(), 32, hessian, used)
-    alone = solve(weight[16:40], LayerRecipe(), 32, hessian, used)
+    whole = solve(weight, LayerRecipe(order="natural"), 32, hessian, used)
+    alone = solve(weight[16:40], LayerRecipe(order="natural"), 32, hessian, used)
     part = whole.rows(16, 40)
     assert part.mask is not None and alone.mask is not None
     # Why not equal bits: matrix products of other shapes sum in another order.
@@ -91,7 +91,7 @@ def test_sweep_without_correlation_equals_the_baseline() -> None:
     magnitude = solve(weight, LayerRecipe(kind="sp24", method="magnitude"), 32)
     assert torch.equal(pruned.dense, magnitude.dense)
     for kind, swept, baseline in (("w4a16_sp24", "sparsegpt", "magnitude"), ("w4a16_dense", "gptq", "rtn")):
-        a = solve(weight, LayerRecipe(kind=kind, method=swept), 32, identity, used)
+        a = solve(weight, LayerRecipe(kind=kind, method=swept, order="natural"), 32, identity, used)
         b = solve(weight, LayerRecipe(kind=kind, method=baseline), 32)
         assert torch.equal(a.dense, b.dense)
 
@@ -101,7 +101,7 @@ def test_sweep_zeroes_weights_of_columns_that_are_never_used() -> None:
     hessian[5], hessian[:, 5] = 0, 0
     used = factor(hessian, 0.01)
     assert used.dead.nonzero().flatten().tolist() == [5]
-    solution = solve(weight, LayerRecipe(kind="w4a16_dense", method="gptq"), 32, hessian, used)
+    solution = solve(weight, LayerRecipe(kind="w4a16_dense", method="gptq", order="natural"), 32, hessian, used)
     assert bool((solution.dense[:, 5] == 0).all())
     assert bool(solution.dense[:, 4].any())
 

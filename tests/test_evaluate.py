@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from marlin.evaluate import perplexity, windows
+from marlin.evaluate import compare, perplexity, windows
 
 
 class Bigram(nn.Module):
@@ -75,3 +75,30 @@ def test_windows_reject_other_dtypes() -> None:
     with pytest.raises(TypeError) as caught:
         windows(torch.zeros(16, dtype=torch.int32), 8, None)
     assert str(caught.value) == "evaluate.windows: token_ids must be int64; got torch.int32. Pass tokenizer ids."
+
+
+def test_compare_equals_the_hand_computation() -> None:
+    own = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
+    other = torch.tensor([[0.6, 0.2, 0.2], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6]])
+    ids = torch.tensor([0, 1, 1, 2, 0, 2, 2, 1])
+    found = compare(Bigram(own.log()), Bigram(other.log()), ids, window=4, limit=None)
+    seen = [0, 1, 1, 0, 2, 2]  # Tokens that something is predicted from.
+    rows = [sum(q * math.log(q / p) for p, q in zip(own[i].tolist(), other[i].tolist(), strict=True)) for i in seen]
+    assert found.divergence == pytest.approx(sum(rows) / 6, rel=1e-5)
+    assert found.agreement == pytest.approx(4 / 6) and found.tokens == 6
+    assert found.perplexity == pytest.approx(perplexity(Bigram(own.log()), ids, window=4), rel=1e-6)
+    assert found.dense_perplexity == pytest.approx(perplexity(Bigram(other.log()), ids, window=4), rel=1e-6)
+
+
+def test_compare_finds_no_distance_of_a_model_from_itself_over_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("marlin.evaluate.POSITIONS_AT_ONCE", 3)
+    torch.manual_seed(0)
+    model, calls = Bigram(torch.randn(9, 9)), []
+    found = compare(model, model, torch.arange(9).repeat(4), window=8, limit=2, progress=lambda *a: calls.append(a))
+    assert found.divergence < 1e-7 and found.agreement == 1 and found.tokens == 14 and calls == [(1, 2), (2, 2)]
+
+
+def test_compare_rejects_another_vocabulary() -> None:
+    with pytest.raises(ValueError) as caught:
+        compare(Bigram(torch.zeros(4, 4)), Bigram(torch.zeros(4, 5)), torch.zeros(8, dtype=torch.int64), window=4)
+    assert str(caught.value) == "compare: both models must have the same vocabulary; got 4 and 5 tokens."

@@ -1,4 +1,4 @@
-"""The package in three calls: `compress` a model in memory, `save_pretrained` it as a directory, `load` it.
+"""The package in four calls: `compress` a model in memory, `recover` its quality, `save_pretrained` it, `load` it.
 
 Owns the order of the steps, and the model card. The steps belong to `marlin.compress`, `marlin.nn`,
 `marlin.formats.checkpoint` and `marlin.integrations.transformers`. transformers is imported by the calls that need it.
@@ -9,13 +9,15 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from marlin import nn
-from marlin.compress import Compressed, Options, Recipe, calibration_windows, compress_model, preset
+from marlin.compress import Compressed, Options, Recipe, Recovery, calibration_windows, compress_model, preset
+from marlin.compress import recover as train
 from marlin.errors import UnsupportedError, message, require
 from marlin.formats import checkpoint
 from marlin.formats.atomic import check_replaceable, replace_directory
@@ -69,6 +71,34 @@ def compress(
     if hasattr(model, "save_pretrained"):
         _attach(model)
     return compressed
+
+
+def recover(
+    model: Any,
+    teacher: Any,
+    text: torch.Tensor | str | Sequence[str],
+    *,
+    recovery: Recovery,
+    tokenizer: Any = None,
+) -> dict[str, Any]:
+    """Train a compressed model in place to predict what the dense model predicts; returns the report, JSON.
+
+    model: what `compress` left or `load` gave. teacher: the dense model. text: int64 token ids, or text with its
+    tokenizer; never what the result is judged on. Masks stay, so do names, kinds and sizes; codes, scales, norms and
+    biases change, and stay exactly what is saved. On the device recovery.device, with about 16 bytes a weight.
+    Raises: ValueError (nothing compressed, text too short, memory, a loss that is not finite), TypeError,
+    CheckpointError (resume_dir of another run, or damaged).
+    """
+    ids = text if isinstance(text, torch.Tensor) else tokenize(text, tokenizer)
+    weights = {name: layer.to_weight() for name, layer in nn.sparse_linears(model)}
+    dtype = next((layer.scales.dtype for _, layer in nn.sparse_linears(model)), torch.float16)
+    found = train(model, teacher, weights, ids, recovery=replace(recovery, dtype=dtype))
+    for name, weight in found.weights.items():
+        old = model.get_submodule(name)
+        layer = nn.SparseLinear.from_weight(weight, old.bias, dtype).to(old.scales.device).train(old.training)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer)
+    return found.report
 
 
 def _attach(model: Any) -> None:

@@ -1,22 +1,27 @@
-"""Perplexity of a causal language model, by one fixed protocol.
+"""Perplexity of a causal language model, and its distance from another one, by one fixed protocol.
 
 Owns the protocol below. Knows nothing of compression or kernels: any model whose output has `.logits` can be measured.
 
 Protocol: the token stream is cut into windows of `window` tokens without overlap and without added special tokens;
 the first `limit` whole windows count. Within a window tokens 1..window-1 are predicted from those before
 them; the first token is only context. Perplexity is exp of the mean negative log-likelihood over all predicted tokens,
-summed in float64 from float32 log-probabilities.
+summed in float64 from float32 log-probabilities. A comparison with the dense model takes the same positions: the mean
+of KL(dense || model) in nats, and the share of positions at which both find the same token most likely.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from marlin.errors import message, require
+
+POSITIONS_AT_ONCE = 256
 
 
 def windows(token_ids: torch.Tensor, window: int, limit: int | None) -> torch.Tensor:
@@ -58,6 +63,30 @@ def model_device(model: Any) -> torch.device:
     return torch.device("cpu")
 
 
+@contextlib.contextmanager
+def _inference(*models: Any) -> Iterator[None]:
+    """While open, no gradients, and the models in evaluation mode; afterwards as they were."""
+    modes = [bool(getattr(model, "training", False)) for model in models]
+    for model in models:
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def _exp_mean(op: str, total: float, count: int) -> float:
+    """exp of the mean negative log-likelihood. Raises: ValueError (not finite)."""
+    requirement, fix = (
+        "the model must give finite log-likelihoods",
+        "Check the weights for NaN, or evaluate in float32.",
+    )
+    require(math.isfinite(total), op, requirement, repr(total), fix)
+    return math.exp(min(total / count, 700.0))
+
+
 def perplexity(
     model: Any,
     token_ids: torch.Tensor,
@@ -74,23 +103,73 @@ def perplexity(
     """
     rows = windows(token_ids, window, limit)
     total, count = 0.0, 0
-    was_training = bool(getattr(model, "training", False))
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for index, row in enumerate(rows):
-                values = log_likelihoods(model, row.unsqueeze(0))
-                total -= float(values.double().sum())
-                count += values.numel()
-                if progress is not None:
-                    progress(index + 1, len(rows))
-    finally:
-        model.train(was_training)
-    require(
-        math.isfinite(total),
-        "perplexity",
-        "the model must give finite log-likelihoods",
-        repr(total),
-        "Check the weights for NaN, or evaluate in float32.",
-    )
-    return math.exp(min(total / count, 700.0))
+    with _inference(model):
+        for index, row in enumerate(rows):
+            values = log_likelihoods(model, row.unsqueeze(0))
+            total -= float(values.double().sum())
+            count += values.numel()
+            if progress is not None:
+                progress(index + 1, len(rows))
+    return _exp_mean("perplexity", total, count)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """perplexity: of the model, dense_perplexity: of the dense one. divergence: mean KL(dense || model), nats a token.
+    agreement: share of positions, 0..1, where both find the same next token most likely. tokens: predicted ones."""
+
+    perplexity: float
+    dense_perplexity: float
+    divergence: float
+    agreement: float
+    tokens: int
+
+
+def _logits(model: Any, row: torch.Tensor) -> torch.Tensor:
+    """Of all positions of a window [T] but the last, in the model's dtype, on its device: [T-1, V]."""
+    out: torch.Tensor = model(input_ids=row.unsqueeze(0).to(model_device(model)), use_cache=False).logits
+    return out[0, :-1]
+
+
+def _sums(own: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """float64 [4]: negative log-likelihoods of own and other, divergence, agreement; summed over [R, V] logits."""
+    mine, theirs = own.float().log_softmax(-1), other.to(own.device).float().log_softmax(-1)
+    picked = [-x.gather(-1, targets.unsqueeze(-1)).double().sum() for x in (mine, theirs)]
+    divergence = (theirs.exp() * (theirs - mine)).sum(-1).double().sum()
+    return torch.stack([*picked, divergence, (mine.argmax(-1) == theirs.argmax(-1)).double().sum()])
+
+
+def compare(
+    model: Any,
+    dense: Any,
+    token_ids: torch.Tensor,
+    *,
+    window: int = 1024,
+    limit: int | None = 40,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """How far model is from dense on a token stream, by the protocol of this module.
+
+    token_ids: int64, flattened. dense: any model of the same vocabulary, on any device. progress(done, total) is called
+    after each window.
+    Raises: ValueError (text shorter than a window, vocabularies, NaN or infinity), TypeError (dtype).
+    """
+    op = "compare"
+    rows = windows(token_ids, window, limit)
+    total = torch.zeros(4, dtype=torch.float64)
+    with _inference(model, dense):
+        for index, row in enumerate(rows):
+            own, other = _logits(model, row), _logits(dense, row)
+            sizes = f"{own.shape[-1]} and {other.shape[-1]} tokens"
+            require(own.shape == other.shape, op, "both models must have the same vocabulary", sizes)
+            targets = row[1:].to(own.device)
+            for start in range(0, targets.numel(), POSITIONS_AT_ONCE):
+                part = slice(start, start + POSITIONS_AT_ONCE)
+                total += _sums(own[part], other[part], targets[part]).cpu()
+            if progress is not None:
+                progress(index + 1, len(rows))
+    count = rows.shape[0] * (rows.shape[1] - 1)
+    own_nll, dense_nll, divergence, agreeing = total.tolist()
+    # Why max: rounding can leave the divergence of equal predictions a little below zero.
+    perplexities = _exp_mean(op, own_nll, count), _exp_mean(op, dense_nll, count)
+    return Comparison(*perplexities, max(divergence / count, 0.0), agreeing / count, count)

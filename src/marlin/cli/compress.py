@@ -1,15 +1,16 @@
-"""`marlin compress`: a Hugging Face model directory in, a compressed one out."""
+"""`marlin compress`: a Hugging Face model directory in, a compressed one out, with recovery and automatic recipes."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from marlin.cli import recovery
 from marlin.cli.common import (
     choose_device,
     choose_dtype,
@@ -20,12 +21,35 @@ from marlin.cli.common import (
     progress_bar,
     read_text,
 )
-from marlin.errors import message
+from marlin.errors import message, require
 
 if TYPE_CHECKING:
     import torch
 
     from marlin.compress import Compressed, Options, Recipe
+
+
+AUTO = "auto"
+GROUP_SIZE = 128
+PROBE = (4, 512)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run does. recipe: None stands for an automatic one of `budget` (keywords of `auto.plan`)."""
+
+    source: Path
+    output: Path
+    text: str
+    samples: int
+    length: int
+    recipe: Recipe | None
+    group_size: int
+    budget: dict[str, float]
+    options: Options
+    dtype: torch.dtype
+    minutes: float | None
+    shown: bool
 
 
 def read_recipe(recipe: str, group_size: int | None, method: str | None) -> Recipe:
@@ -36,18 +60,18 @@ def read_recipe(recipe: str, group_size: int | None, method: str | None) -> Reci
     from marlin.compress import PRESETS, Recipe, preset
 
     if recipe in PRESETS:
-        chosen = preset(recipe, group_size or 128)
+        chosen = preset(recipe, group_size or GROUP_SIZE)
     elif recipe.endswith(".json"):
         chosen = Recipe.from_json(Path(recipe).read_text(encoding="utf-8"))
     else:
-        requirement = f"--recipe must be one of {', '.join(PRESETS)}, or a .json file"
+        requirement = f"--recipe must be one of {', '.join(PRESETS)}, {AUTO}, or a .json file"
         raise ValueError(message("compress", requirement, repr(recipe)))
-    changes: dict[str, Any] = {}
+    default = chosen.default
     if group_size is not None:
-        changes["group_size"] = group_size
+        default = replace(default, group_size=group_size)
     if method is not None:
-        changes["method"] = method
-    return replace(chosen, default=replace(chosen.default, **changes)) if changes else chosen
+        default = default.with_method(method)
+    return replace(chosen, default=default)
 
 
 def _calibration_text(path: Path | None) -> tuple[str, str]:
@@ -64,12 +88,13 @@ def _calibration_text(path: Path | None) -> tuple[str, str]:
     return "demo calibration wiki", text
 
 
-def _check_packable(recipe: Recipe) -> None:
-    """Refuse before any work a recipe whose result could not be saved."""
+def _packable(recipe: Recipe) -> Recipe:
+    """The recipe, unless its result could not be saved. Raises: ValueError."""
     kinds = {recipe.default.kind, *(layer.kind for _, layer in recipe.rules)}
     if not kinds & {"w4a16_sp24", "w4a16_dense"}:
         requirement = "the recipe must have a kind that is saved packed (w4a16_sp24 or w4a16_dense)"
         raise ValueError(message("compress", requirement, ", ".join(sorted(kinds)), "Use --recipe sp24-int4."))
+    return recipe
 
 
 def _saved_dtype(dtype: str, directory: Path) -> torch.dtype:
@@ -96,24 +121,75 @@ def _summary(output: Path, recipe: str, calibration: str, compressed: Compressed
     }
 
 
-def _run(
-    paths: tuple[Path, Path], calibration: tuple[str, int, int], recipe: Recipe, options: Options, dtype: torch.dtype
-) -> Compressed:
-    """Load paths[0], compress on `calibration` (text, samples, length), and save as paths[1]."""
+def _budget(recipe: str, bits: float | None, max_ppl_increase: float | None) -> dict[str, float]:
+    """The one budget of an automatic recipe. Raises: ValueError (none or both, or given for another recipe)."""
+    given = {"bits": bits, "max_ppl_increase": max_ppl_increase}
+    budget = {name: value for name, value in given.items() if value is not None}
+    got = " and ".join(f"--{name.replace('_', '-')}" for name in budget) or "neither"
+    if recipe == AUTO and len(budget) != 1:
+        raise ValueError(message("compress", "--recipe auto takes one of --bits and --max-ppl-increase", got))
+    if recipe != AUTO and budget:
+        raise ValueError(message("compress", "a budget needs --recipe auto", got))
+    return budget
+
+
+def _planned(job: Job, model: Any, stream: torch.Tensor) -> Recipe:
+    """The automatic recipe; says what it is before it is used."""
+    from marlin.compress import auto, calibration_windows
+
+    drawn = calibration_windows(stream, job.samples + PROBE[0], job.length, job.options.seed)
+    probe = drawn[job.samples :, : PROBE[1]].contiguous()
+    with progress_bar(job.shown) as display:
+        first, second = counter(display, "all layers to 2:4"), counter(display, "measuring what each block costs")
+        options = replace(job.options, progress=lambda event: first(event.done, event.total))
+        found = auto.plan(
+            model,
+            drawn[: job.samples],
+            probe,
+            **job.budget,
+            group_size=job.group_size,
+            options=options,
+            progress=second,
+        )
+    layers = ", ".join(f"{count} {kind}" for kind, count in sorted(found.layers.items()))
+    ratio = "" if found.perplexity_ratio is None else f"; perplexity about {found.perplexity_ratio:.2f}x dense"
+    note(f"plan: {layers}; {found.bits_per_weight:.3f} bits per weight, {found.stored_bytes / 1e6:,.1f} MB{ratio}")
+    return found.recipe
+
+
+def _run(job: Job) -> tuple[Compressed, dict[str, Any] | None]:
+    """Load, plan, compress, recover and save; returns what was compressed and the report of the recovery."""
     import torch
 
     from marlin import api
     from marlin.compress import calibration_windows
     from marlin.demo.models import load_model
 
+    device = torch.device(job.options.device)
     # Why: the CPU multiplies float32 fast and 16 bits slowly; a GPU takes the blocks one by one as they are.
-    precision = torch.float32 if torch.device(options.device).type == "cpu" else dtype
-    model, tokenizer = load_model(paths[0], torch.device("cpu"), precision)
-    text, samples, length = calibration
-    windows = calibration_windows(api.tokenize(text, tokenizer), samples, length, options.seed)
-    compressed = api.compress(model, windows, recipe, options=options, dtype=dtype)
-    api.save_pretrained(model, paths[1], tokenizer=tokenizer, report=compressed, recipe=recipe)
-    return compressed
+    precision = torch.float32 if device.type == "cpu" else job.dtype
+    model, tokenizer = load_model(job.source, torch.device("cpu"), precision)
+    stream = api.tokenize(job.text, tokenizer)
+    recipe = _planned(job, model, stream) if job.recipe is None else job.recipe
+    windows = calibration_windows(stream, job.samples, job.length, job.options.seed)
+    with progress_bar(job.shown) as display:
+        show = counter(display, "compressing blocks")
+        options = replace(job.options, progress=lambda event: show(event.done, event.total))
+        compressed = api.compress(model, windows, recipe, options=options, dtype=job.dtype)
+    report, numbers = None, None
+    if job.minutes is not None:
+        folder = None if options.resume_dir is None else Path(options.resume_dir)
+        given = recovery.settings(job.minutes, device, options.seed, folder)
+        teacher, _ = load_model(job.source, torch.device("cpu"), torch.float32)
+        recovery.warn_without_gpu(teacher, given)
+
+        def work(progress: Any) -> dict[str, Any]:
+            return api.recover(model, teacher, stream, recovery=replace(given, progress=progress))
+
+        report = recovery.run(work, job.minutes, job.shown)
+        numbers = {f"recovery, {name}": value for name, value in recovery.summary(report).items()}
+    api.save_pretrained(model, job.output, tokenizer=tokenizer, report=compressed, recipe=recipe, numbers=numbers)
+    return compressed, report
 
 
 def compress(
@@ -129,26 +205,36 @@ def compress(
     method: str | None = typer.Option(None, "--method", help="Replaces the method of the recipe's default."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N; holds one block at a time."),
     dtype: str = typer.Option("auto", "--dtype", help="Of scales and unquantized tensors: float16 or bfloat16."),
-    resume_dir: Path | None = typer.Option(None, "--resume-dir", help="Keep finished blocks here, and continue."),
+    bits: float | None = typer.Option(None, "--bits", help="Of --recipe auto: at most so many bits per weight."),
+    max_ppl_increase: float | None = typer.Option(
+        None, "--max-ppl-increase", help="Of --recipe auto: at most so much more perplexity, e.g. 0.15; estimated."
+    ),
+    recover: float | None = typer.Option(
+        None, "--recover", metavar="MINUTES", help="Then train against the dense model for so long; wants a GPU."
+    ),
+    resume_dir: Path | None = typer.Option(None, "--resume-dir", help="Keep what is finished here, and continue."),
     seed: int = typer.Option(0, "--seed", help="Of the choice of calibration windows."),
     as_json: bool = typer.Option(False, "--json", help="Print the summary as JSON."),
 ) -> None:
     """Prune to 2:4, quantize to INT4, and save a directory that transformers loads after `import marlin`.
 
-    Presets: sp24-int4 (2:4 INT4), int4 (dense INT4), and baselines of both. A recipe file gives each layer its own
-    kind, by name pattern.
+    Presets: sp24-int4 (2:4 INT4), sp24-int4-fast (sooner done, less exact), int4 (dense INT4), and
+    baselines. A recipe file gives each layer its own kind, by name pattern; `auto` measures which layers stand 2:4.
 
     \b
     Examples:
       marlin compress MODEL OUT --calibration text.txt
       marlin compress MODEL OUT -r int4 -g 64 --samples 64 --resume-dir /tmp/resume
       marlin compress MODEL OUT -r recipe.json --device cuda --json
+      marlin compress MODEL OUT --recipe auto --bits 3.5
+      marlin compress MODEL OUT -g 64 --recover 20 --resume-dir /tmp/resume
     """
     from marlin.demo import models
 
     models.check_model_directory(model)
-    chosen_recipe = read_recipe(recipe, group_size, method)
-    _check_packable(chosen_recipe)
+    budget = _budget(recipe, bits, max_ppl_increase)
+    chosen_recipe = None if recipe == AUTO else _packable(read_recipe(recipe, group_size, method))
+    require(recover is None or recover > 0, "compress", "--recover must be above 0 minutes", str(recover))
     name, text = _calibration_text(calibration)
 
     from marlin.compress import Options
@@ -156,20 +242,28 @@ def compress(
     from marlin.formats.checkpoint import is_directory_of_ours
 
     check_replaceable(output, False, is_directory_of_ours)
-    chosen = choose_device(device)
-    with progress_bar(not as_json) as display:
-        show = counter(display, "compressing blocks")
-        options = Options(chosen, seed, resume_dir=resume_dir, progress=lambda event: show(event.done, event.total))
-        saved = _saved_dtype(dtype, model)
-        compressed = _run((model, output), (text, samples, length), chosen_recipe, options, saved)
+    options = Options(choose_device(device), seed, resume_dir=resume_dir)
+    job = Job(
+        model, output, text, samples, length, chosen_recipe, group_size or GROUP_SIZE, budget, options,
+        _saved_dtype(dtype, model), recover, not as_json,
+    )  # fmt: skip
+    compressed, report = _run(job)
     summary = _summary(output, recipe, name, compressed)
-    if as_json:
-        print_json(summary)
-        return
+    if report is not None:
+        summary["recovery"] = recovery.summary(report)
+    (print_json if as_json else _print)(summary)
+
+
+def _print(summary: dict[str, Any]) -> None:
     layers = ", ".join(f"{count} {kind}" for kind, count in sorted(summary["layers"].items()))
-    out().print(
-        f"wrote {output}: {layers}; {summary['bits_per_weight']:.3f} bits per weight in {summary['seconds']:.0f} s",
-        soft_wrap=True,
-        markup=False,
-    )
-    note(f"Next: marlin inspect {output}; marlin generate {output} PROMPT")
+    lines = [
+        f"wrote {summary['output']}: {layers}; {summary['bits_per_weight']:.3f} bits per weight "
+        f"in {summary['seconds']:.0f} s"
+    ]
+    trained = summary.get("recovery")
+    if trained is not None:
+        change = f"{trained['divergence_before']:.4f} to {trained['divergence']:.4f} nats a token"
+        lines.append(f"recovered in {trained['seconds']:.0f} s: divergence from the dense model, held out, {change}")
+    for line in lines:
+        out().print(line, soft_wrap=True, markup=False)
+    note(f"Next: marlin inspect {summary['output']}; marlin generate {summary['output']} PROMPT")

@@ -151,33 +151,136 @@ class BlockRunner:
         return (out[0] if isinstance(out, tuple) else out).to(hidden)
 
 
+class _EnoughError(Exception):
+    """A forward pass has reached what it was run for."""
+
+
+def run_until(run: BlockRunner, hidden: torch.Tensor, call: Call) -> torch.Tensor | None:
+    """The block's output, or None where one of the hooks below ended the pass."""
+    try:
+        return run(hidden, call)
+    except _EnoughError:
+        return None
+
+
+def shared_inputs(
+    run: BlockRunner, layers: dict[str, nn.Linear], hidden: list[torch.Tensor], calls: list[Call]
+) -> tuple[list[list[str]], list[str]]:
+    """(layers grouped by the tensor that they are given, in the order of their calls; layers never called).
+
+    Runs batches until each layer was called.
+    """
+    groups: list[list[str]] = []
+    missing, last = set(layers), [None]
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in missing:
+                missing.discard(name)
+                if args[0] is last[0]:
+                    groups[-1].append(name)
+                else:
+                    groups.append([name])
+                    last[0] = args[0]
+
+        return see
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+    try:
+        for rows, call in zip(hidden, calls, strict=True):
+            if missing:
+                last[0] = None
+                run(rows, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return groups, [name for name in layers if name in missing]
+
+
+@contextlib.contextmanager
+def recorded_inputs(layers: dict[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
+    """While open, the dict that it gives holds each layer's last input."""
+    found: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            found[name] = args[0]
+
+        return keep
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class DensePass:
+    """A block of the dense model: its outputs, and the inputs of its linear layers by name; one entry per batch."""
+
+    outputs: list[torch.Tensor]
+    inputs: list[dict[str, torch.Tensor]]
+
+
+def dense_pass(run: BlockRunner, hidden: list[torch.Tensor], calls: list[Call], keep_inputs: bool) -> DensePass:
+    """Run all batches; inputs (none unless keep_inputs) wait where the hidden states do, shared ones once."""
+    done = DensePass([], [])
+    for rows, call in zip(hidden, calls, strict=True):
+        with recorded_inputs(linear_layers(run.block) if keep_inputs else {}) as found:
+            done.outputs.append(run(rows, call))
+        once = {id(tensor): tensor.to(rows.device) for tensor in found.values()}
+        done.inputs.append({name: once[id(tensor)] for name, tensor in found.items()})
+    return done
+
+
+def adds_to_output(run: BlockRunner, layer: nn.Linear, hidden: torch.Tensor, call: Call) -> bool:
+    """Whether the layer's output is added to the block's output as it is: found out by shifting it by 1."""
+    if layer.out_features != hidden.shape[-1]:
+        return False
+    before = run(hidden, call)
+    handle = layer.register_forward_hook(lambda module, args, out: out + 1)
+    try:
+        shift = (run(hidden, call) - before).float()
+    finally:
+        handle.remove()
+    # Why the mean and a wide bound: 16-bit outputs round the sum.
+    return abs(float(shift.mean()) - 1) < 0.01 and float((shift - 1).abs().max()) < 0.5
+
+
 @dataclass
 class InputSums:
-    """Hessian sums of a block's linear layers; layers that are given the same tensor share one.
+    """Sums over the inputs of a block's linear layers.
 
-    members: lead layer -> all layers that share its input, in the order of their calls. sums: by lead.
+    sums: Hessian sums by layer. cross: by layer, fp32 [K, K], sum of x y^T with y the layer's input and x the reference
+    (the dense model's input at the same token); only where both have the same shape in every batch. tail: the layer
+    whose inputs are also summed with what the block's output lacks, fp32 [N, K] in `lack`.
     """
 
-    members: dict[str, list[str]] = field(default_factory=dict)
     sums: dict[str, HessianSum] = field(default_factory=dict)
+    cross: dict[str, torch.Tensor] = field(default_factory=dict)
+    tail: str | None = None
+    lack: torch.Tensor | None = None
+    _reference: dict[str, torch.Tensor] = field(default_factory=dict)
+    _uneven: set[str] = field(default_factory=set)
+    _last: torch.Tensor | None = None
 
     @contextlib.contextmanager
     def collect(self, layers: dict[str, nn.Linear]) -> Iterator[None]:
-        """While open, forward passes through these layers are added up."""
-        lead_of: dict[str, str] = {}
-        last: list[Any] = [None, ""]
+        """While open, inputs of these layers are added up; with one layer that is not the tail, a pass ends there."""
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def add(module: nn.Module, args: tuple[Any, ...]) -> None:
                 inputs = args[0]
-                if name not in lead_of:
-                    lead_of[name] = last[1] if inputs is last[0] else name
-                    self.members.setdefault(lead_of[name], []).append(name)
-                if lead_of[name] == name:
-                    last[0], last[1] = inputs, name
-                    if name not in self.sums:
-                        self.sums[name] = HessianSum(inputs.shape[-1], inputs.device)
-                    self.sums[name].add(inputs)
+                if name == self.tail:
+                    self._last = inputs
+                if name not in self.sums:
+                    self.sums[name] = HessianSum(inputs.shape[-1], inputs.device)
+                self.sums[name].add(inputs)
+                self._add_cross(name, inputs)
+                if len(layers) == 1 and self.tail is None:
+                    raise _EnoughError
 
             return add
 
@@ -185,6 +288,34 @@ class InputSums:
         try:
             yield
         finally:
-            last[0] = None
+            self._last = None
+            self._reference = {}
             for handle in handles:
                 handle.remove()
+
+    def refer(self, inputs: dict[str, torch.Tensor]) -> None:
+        """The dense model's inputs of the next batch."""
+        self._reference = inputs
+
+    def _add_cross(self, name: str, inputs: torch.Tensor) -> None:
+        other = self._reference.get(name)
+        if other is None or name in self._uneven:
+            return
+        other = other.to(inputs.device)
+        if other.shape != inputs.shape:
+            self._uneven.add(name)
+            self.cross.pop(name, None)
+            return
+        rows, others = (x.reshape(-1, x.shape[-1]).float() for x in (inputs, other))
+        if name not in self.cross:
+            self.cross[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        self.cross[name].addmm_(others.T, rows)
+
+    def add_lack(self, lack: torch.Tensor) -> None:
+        """Sum what the block's output [b, T, d] lacked in the last batch with the tail's inputs."""
+        assert self._last is not None
+        rows = self._last.reshape(-1, self._last.shape[-1]).float()
+        missing = lack.to(rows.device).reshape(-1, lack.shape[-1]).float()
+        if self.lack is None:
+            self.lack = torch.zeros(missing.shape[1], rows.shape[1], device=rows.device)
+        self.lack.addmm_(missing.T, rows)

@@ -6,9 +6,9 @@ Owns the names of kinds and methods and the rules that say which go together. Kn
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from marlin.errors import message, require
 from marlin.formats import GROUP_SIZES
@@ -22,6 +22,13 @@ METHODS: dict[str, tuple[str, ...]] = {
 """Methods of each kind, the default first. Kind `sp24` prunes and leaves floating-point weights: it has no packed form
 and serves to measure what pruning alone costs."""
 
+ORDERS = ("natural", "activation")
+
+HELPS: dict[str, Any] = {"order": "activation", "correct": 0.5, "refine": 3}
+"""What lowers perplexity at the cost of some more time: the default of the sweeps that round, sparsegpt and gptq."""
+PLAIN: dict[str, Any] = {"order": "natural", "correct": 0.0, "refine": 0}
+"""The methods as published: the default of all others."""
+
 SKIPPED = ("*lm_head", "*embed_*", "*wte", "*wpe", "*.gate", "*.router")
 
 
@@ -34,6 +41,10 @@ class LayerRecipe:
     method: one of `METHODS[kind]`; None takes the first.
     damping: share of the mean of the Hessian's diagonal that is added to it, at least 0.
     search_steps: candidates of the clip search of each scale; 0 takes the range.
+    order: "natural", or "activation": groups of columns, and fours within them, are swept by falling second moment.
+    correct: share, 0..1, of the error that the layer's inputs already carry which its weights make up for.
+    refine: passes of coordinate descent over mask, codes and scales after the sweep.
+    order, correct and refine, where not given: `HELPS` for methods sparsegpt and gptq of the INT4 kinds, else `PLAIN`.
     strict: raise where K is not a multiple of group_size, instead of taking the next smaller legal size with a note.
     """
 
@@ -42,6 +53,9 @@ class LayerRecipe:
     method: str | None = None
     damping: float = 0.01
     search_steps: int = 20
+    order: str = cast(str, None)
+    correct: float = cast(float, None)
+    refine: int = cast(int, None)
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +63,10 @@ class LayerRecipe:
         require(self.kind in METHODS, op, f"kind must be one of {tuple(METHODS)}", repr(self.kind))
         if self.method is None:
             object.__setattr__(self, "method", METHODS[self.kind][0])
+        rounds = self.kind in ("w4a16_sp24", "w4a16_dense") and self.method in ("sparsegpt", "gptq")
+        for name, value in (HELPS if rounds else PLAIN).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         require(
             self.method in METHODS[self.kind],
             op,
@@ -63,11 +81,21 @@ class LayerRecipe:
         )
         require(0 <= self.damping <= 1, op, "damping must lie in 0..1", f"damping={self.damping}")
         require(self.search_steps >= 0, op, "search_steps must be at least 0", f"search_steps={self.search_steps}")
+        require(self.order in ORDERS, op, f"order must be one of {ORDERS}", repr(self.order))
+        require(0 <= self.correct <= 1, op, "correct must lie in 0..1", f"correct={self.correct}")
+        require(self.refine >= 0, op, "refine must be at least 0", f"refine={self.refine}")
+
+    def with_method(self, method: str) -> LayerRecipe:
+        """The same by another method, with order, correct and refine as they are by default."""
+        unset: dict[str, Any] = dict.fromkeys(HELPS)
+        return replace(self, method=method, **unset)
 
     @property
     def needs_hessian(self) -> bool:
         """Whether the method reads the calibration inputs."""
-        return self.method not in ("magnitude", "rtn", "none")
+        if self.kind == "skip":
+            return False
+        return self.method not in ("magnitude", "rtn") or self.refine > 0 or self.correct > 0
 
     def group_size_for(self, name: str, n: int, k: int) -> tuple[int, str]:
         """The legal group size for a layer [n, k], and a note where it is not the one asked for.
@@ -149,6 +177,9 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "method": (str, type(None)),
     "damping": (int, float),
     "search_steps": (int,),
+    "order": (str,),
+    "correct": (int, float),
+    "refine": (int,),
     "strict": (bool,),
 }
 
@@ -165,18 +196,18 @@ def _layer(op: str, where: str, data: Any) -> LayerRecipe:
     return LayerRecipe(**data)
 
 
-PRESETS: dict[str, tuple[str, str]] = {
-    "sp24-int4": ("w4a16_sp24", "sparsegpt"),
-    "int4": ("w4a16_dense", "gptq"),
-    "int4-rtn": ("w4a16_dense", "rtn"),
-    "sp24": ("sp24", "sparsegpt"),
-    "sp24-int4-wanda": ("w4a16_sp24", "wanda"),
-    "sp24-int4-magnitude": ("w4a16_sp24", "magnitude"),
+PRESETS: dict[str, dict[str, Any]] = {
+    "sp24-int4": {"kind": "w4a16_sp24"},
+    "int4": {"kind": "w4a16_dense"},
+    "sp24-int4-fast": {"kind": "w4a16_sp24", "correct": 0.0},
+    "int4-rtn": {"kind": "w4a16_dense", "method": "rtn"},
+    "sp24": {"kind": "sp24"},
+    "sp24-int4-wanda": {"kind": "w4a16_sp24", "method": "wanda"},
+    "sp24-int4-magnitude": {"kind": "w4a16_sp24", "method": "magnitude"},
 }
 
 
 def preset(name: str, group_size: int = 128) -> Recipe:
     """A named recipe for all decoder linears. Raises: ValueError (name, group_size)."""
     require(name in PRESETS, "preset", f"name must be one of {tuple(PRESETS)}", repr(name))
-    kind, method = PRESETS[name]
-    return Recipe(default=LayerRecipe(kind=kind, method=method, group_size=group_size))
+    return Recipe(default=LayerRecipe(group_size=group_size, **PRESETS[name]))

@@ -22,7 +22,8 @@ SCALE_BITS = 16.0
 class LayerReport:
     """One linear layer.
 
-    relative_error: squared error of its outputs over their square, on the calibration inputs (None when skipped).
+    relative_error: squared error of its outputs over their square, on the calibration inputs (None when skipped); where
+    the recipe corrects, compared with the outputs of the corrected weight.
     damping: the share used in the end. tokens: calibration tokens that reached it. seconds: of the solver, shared
     evenly by weight count among layers solved together. note: anything that differs from what the recipe asked for.
     """

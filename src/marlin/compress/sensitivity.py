@@ -199,7 +199,8 @@ def choose(
     """A mixed recipe whose perplexity stays at most max_ratio times the dense model's.
 
     model, weights, token_ids, progress: as for `measure`. units: its result, measured here when None. dense: recipe of
-    the other layers, by default dense INT4 by rounding with the group size of the 2:4 ones.
+    the other layers, by default dense INT4 with the group size of the 2:4 ones; here they are only rounded, so what is
+    chosen is a little better than measured.
     The number of 2:4 units is found by bisection, each step a measured perplexity of the model put together.
     Raises: ValueError (no 2:4 weights, or all layers in dense INT4 already exceed the bound).
     """
@@ -211,7 +212,7 @@ def choose(
         units = measure(model, weights, token_ids, options=options, progress=progress)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     sparse_size = next(w.group_size for w in weights.values() if w.kind == "w4a16_sp24")
-    dense = dense or LayerRecipe(kind="w4a16_dense", method="rtn", group_size=sparse_size)
+    dense = dense or LayerRecipe(kind="w4a16_dense", group_size=sparse_size)
     probe = _Probe(model, token_ids, (options or Options()).autocast_dtype(model), 1)
     reference = _perplexity(probe)
     rounded = {}
@@ -243,6 +244,39 @@ def choose(
         else:
             high = middle - 1
     return Choice(mixed_recipe(units[:low], weights, dense), tuple(units), low, best, reference)
+
+
+def for_bits(units: list[Unit], weights: Mapping[str, Weight], bits: float, dense: LayerRecipe) -> Recipe:
+    """The mixed recipe of at most `bits` stored bits a weight that makes the least costly units 2:4.
+
+    units: of `measure`, least costly a weight first. weights: by module name, of an all-2:4 run. dense: recipe of the
+    other layers.
+    Raises: ValueError (all units together need more bits).
+    """
+    bits_of = {"w4a16_sp24": 3.0, "w4a16_dense": 4.0}
+
+    def stored(kind: str, group_size: int, k: int) -> float:
+        return bits_of[kind] + 16 / (group_size if group_size > 0 else k)
+
+    total = sum(weights[name].n * weights[name].k for unit in units for name in unit.layers)
+    count, used = 0, 0.0
+    costs = []
+    for unit in units:
+        sparse = full = 0.0
+        for name in unit.layers:
+            w = weights[name]
+            size, _ = dense.group_size_for(name, w.n, w.k)
+            sparse += stored("w4a16_sp24", w.group_size, w.k) * w.n * w.k
+            full += stored("w4a16_dense", size, w.k) * w.n * w.k
+        costs.append((sparse, full))
+    used = sum(full for _, full in costs)
+    while used > bits * total and count < len(units):
+        used += costs[count][0] - costs[count][1]
+        count += 1
+    least = sum(sparse for sparse, _ in costs) / max(total, 1)
+    fix = "Raise the bits, or use a larger group size."
+    require(used <= bits * total * (1 + 1e-9), "for_bits", f"bits must be at least {least:.3f}", f"{bits}", fix)
+    return mixed_recipe(units[:count], weights, dense)
 
 
 def mixed_recipe(sparse: list[Unit], weights: Mapping[str, Weight], dense: LayerRecipe) -> Recipe:

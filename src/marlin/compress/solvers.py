@@ -205,6 +205,36 @@ def sweep(weight: torch.Tensor, factor: Factor, recipe: LayerRecipe, group_size:
     return Solution(codes.float() * expand_scales(scales, k), mask, codes, scales.half(), group_size)
 
 
+def activation_order(hessian: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Columns by falling second moment of their inputs, int64 [K]: groups stay together, and fours within them.
+
+    Why whole groups: one scale and one mask pattern belong to columns that are neighbours in the stored weight.
+    """
+    k = hessian.shape[0]
+    size = group_size if group_size > 0 else k
+    fours = hessian.diagonal().view(k // size, size // 4, 4).sum(-1)
+    groups = fours.sum(-1).argsort(dim=0, descending=True, stable=True)
+    inside = fours.argsort(dim=-1, descending=True, stable=True)[groups]
+    starts = groups.view(-1, 1) * size + inside * 4
+    return (starts.unsqueeze(-1) + torch.arange(4, device=hessian.device)).flatten()
+
+
+def _unordered(solution: Solution, order: torch.Tensor) -> Solution:
+    """A solution of permuted columns, its columns put back."""
+    back = order.argsort()
+    k = order.numel()
+
+    def columns(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[:, back].contiguous()
+
+    scales = solution.scales
+    if scales is not None:
+        groups = scales.shape[1]
+        scales = scales[:, (order[:: k // groups] // (k // groups)).argsort()].contiguous()
+    dense = solution.dense[:, back].contiguous()
+    return Solution(dense, columns(solution.mask), columns(solution.codes), scales, solution.group_size)
+
+
 def round_to_nearest(weight: torch.Tensor, mask: torch.Tensor | None, group_size: int, search_steps: int) -> Solution:
     """Round weight [N, K] to codes with a clip search on the kept entries, without moving errors."""
     n, k = weight.shape
@@ -237,7 +267,8 @@ def solve(
 ) -> Solution:
     """Compress one weight (or several with the same inputs, stacked along N) by recipe.kind and recipe.method.
 
-    Shapes: weight [N, K]; hessian [K, K] for Wanda; factor for the sweeps.
+    Shapes: weight [N, K]; hessian [K, K] for Wanda and for order "activation"; factor for the sweeps, of the hessian
+    whose columns are in the order swept (`activation_order`).
     """
     if recipe.method in ("magnitude", "wanda"):
         mask = baseline_mask(weight, recipe.method, hessian)
@@ -247,7 +278,12 @@ def solve(
     if recipe.method == "rtn":
         return round_to_nearest(weight, None, group_size, recipe.search_steps)
     assert factor is not None
-    solution = sweep(weight, factor, recipe, group_size)
+    if recipe.order == "activation":
+        assert hessian is not None
+        order = activation_order(hessian, group_size)
+        solution = _unordered(sweep(weight[:, order], factor, recipe, group_size), order)
+    else:
+        solution = sweep(weight, factor, recipe, group_size)
     if recipe.method == "sparsegpt_rtn":
         return round_to_nearest(solution.dense, solution.mask, group_size, recipe.search_steps)
     return solution

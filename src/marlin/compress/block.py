@@ -1,0 +1,261 @@
+"""Compress one decoder block: calibrate its linear layers and solve them.
+
+Owns what a layer is solved against: the second moments of its inputs, and where the recipe asks to correct, the target
+that makes up for what the inputs already lost. Knows nothing of the model around the block.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from marlin.compress.blocks import (
+    BlockRunner,
+    Call,
+    DensePass,
+    InputSums,
+    adds_to_output,
+    linear_layers,
+    run_until,
+    shared_inputs,
+)
+from marlin.compress.hessian import Factor, factor, output_error
+from marlin.compress.recipe import METHODS, LayerRecipe
+from marlin.compress.refine import refine
+from marlin.compress.report import LayerReport
+from marlin.compress.solvers import Solution, activation_order, solve
+from marlin.compress.store import BlockResult
+from marlin.errors import require
+
+WITHOUT_DATA = {"w4a16_sp24": "magnitude", "sp24": "magnitude", "w4a16_dense": "rtn"}
+
+
+class CalibrationWarning(UserWarning):
+    """A layer got no calibration tokens and was compressed by a method that needs none."""
+
+
+@dataclass(frozen=True)
+class BlockMaterial:
+    """What a block is calibrated with. hidden: its inputs, from the compressed blocks before it; calls: the other
+    arguments; dense: what this block does in the dense model (None: nothing is corrected)."""
+
+    run: BlockRunner
+    hidden: list[torch.Tensor]
+    calls: list[Call]
+    dense: DensePass | None = None
+
+
+@dataclass
+class _Moments:
+    """Of one shared input. hessian: mean of x x^T. drift: mean of (dense x - x) x^T, [K, K], or None. lack: mean of
+    what the block's output lacks times x^T, [N, K], of the one layer that adds to it, or None."""
+
+    hessian: torch.Tensor | None = None
+    tokens: int = 0
+    drift: torch.Tensor | None = None
+    lack: torch.Tensor | None = None
+
+    def ordered(self, recipe: LayerRecipe, group_size: int) -> torch.Tensor:
+        """The Hessian with its columns in the order that the recipe sweeps them."""
+        assert self.hessian is not None
+        if recipe.order == "natural":
+            return self.hessian
+        order = activation_order(self.hessian, group_size)
+        return self.hessian[order][:, order]
+
+
+def _collect(material: BlockMaterial, layers: dict[str, nn.Linear], tail: str | None = None) -> InputSums:
+    """Sums over the calibration batches for these layers."""
+    sums = InputSums(tail=tail)
+    with sums.collect(layers):
+        for index, (hidden, call) in enumerate(zip(material.hidden, material.calls, strict=True)):
+            if material.dense is not None:
+                sums.refer(material.dense.inputs[index])
+            out = run_until(material.run, hidden, call)
+            if tail is not None and material.dense is not None and out is not None:
+                sums.add_lack(material.dense.outputs[index] - out)
+    return sums
+
+
+def _stages(groups: list[list[str]], sequential: bool) -> list[list[list[str]]]:
+    """Groups of layers that are calibrated together: all, or one after another; equal layers of experts together."""
+    if not sequential:
+        return [groups]
+    stages: dict[str, list[list[str]]] = {}
+    for members in groups:
+        stages.setdefault(re.sub(r"\d+", "#", members[0]), []).append(members)
+    return list(stages.values())
+
+
+def _moments(sums: InputSums, lead: str, name: str) -> _Moments:
+    if lead not in sums.sums:
+        return _Moments()
+    hessian, tokens = sums.sums[lead].mean(name), sums.sums[lead].tokens
+    drift = sums.cross[lead] / tokens - hessian if lead in sums.cross else None
+    lack = sums.lack / tokens if sums.lack is not None and sums.tail == lead else None
+    return _Moments(hessian, tokens, drift, lack)
+
+
+def compress_block(
+    material: BlockMaterial, names: dict[str, str], plan: Mapping[str, LayerRecipe], sequential: bool
+) -> BlockResult:
+    """Calibrate one block and solve its layers; under `sequential` the block is left with the solved weights.
+
+    names: layer name inside the block -> full module name, the plan's key.
+    """
+    layers = linear_layers(material.run.block)
+    result = BlockResult({}, {}, [])
+    treated = {name for name in layers if plan[names[name]].kind != "skip"}
+    groups, unreached = shared_inputs(material.run, layers, material.hidden, material.calls) if treated else ([], [])
+    tail = _tail(material, layers, groups) if material.dense is not None else None
+    for stage in _stages(groups, sequential):
+        watched = {members[0]: layers[members[0]] for members in stage if treated.intersection(members)}
+        last = watched.pop(tail, None) if tail is not None else None
+        sums = _collect(material, watched) if watched else InputSums()
+        if tail is not None and last is not None:
+            found = _collect(material, {tail: last}, tail)
+            sums = InputSums(sums.sums | found.sums, sums.cross | found.cross, tail, found.lack)
+        for members in stage:
+            _solve_group(members, layers, names, plan, _moments(sums, members[0], names[members[0]]), result)
+        if sequential:
+            write_back({name: layers[name] for members in stage for name in members}, names, result)
+    for name in layers if not treated else unreached:
+        _solve_group([name], layers, names, plan, _Moments(), result)
+    order = {name: position for position, name in enumerate(names.values())}
+    result.report.sort(key=lambda row: order[row.name])
+    return result
+
+
+def _solve_group(
+    members: list[str],
+    layers: dict[str, nn.Linear],
+    names: dict[str, str],
+    plan: Mapping[str, LayerRecipe],
+    moments: _Moments,
+    result: BlockResult,
+) -> None:
+    """Solve layers with the same input."""
+    by_recipe: dict[LayerRecipe, list[str]] = {}
+    for name in members:
+        by_recipe.setdefault(plan[names[name]], []).append(name)
+    factors: dict[tuple[float, str, int], Factor] = {}
+    for recipe, same in by_recipe.items():
+        _solve_stacked({names[name]: layers[name] for name in same}, recipe, moments, factors, result)
+
+
+def _tail(material: BlockMaterial, layers: dict[str, nn.Linear], groups: list[list[str]]) -> str | None:
+    """The last layer called, if it stands alone and its output is added to the block's."""
+    if not groups or len(groups[-1]) != 1:
+        return None
+    name = groups[-1][0]
+    adds = adds_to_output(material.run, layers[name], material.hidden[0], material.calls[0])
+    return name if adds else None
+
+
+def _target(weight: torch.Tensor, share: float, moments: _Moments, damping: float, name: str) -> torch.Tensor:
+    """The weight whose outputs, on the inputs as they are, come nearest to the dense model's: [N, K] fp32.
+
+    From E[(W x_dense - V x) x^T] = 0: V = W + W E[(x_dense - x) x^T] H^-1; for a layer that adds to the block's output,
+    the first term is what that output lacks.
+    """
+    wanted = moments.lack if moments.lack is not None else None
+    if wanted is None and moments.drift is not None:
+        wanted = weight @ moments.drift
+    if share == 0 or wanted is None or moments.hessian is None:
+        return weight
+    upper = factor(moments.hessian, damping, name).upper
+    return weight + share * (wanted @ upper.T) @ upper
+
+
+def _solve_stacked(
+    layers: dict[str, nn.Linear],
+    recipe: LayerRecipe,
+    moments: _Moments,
+    factors: dict[tuple[float, str, int], Factor],
+    result: BlockResult,
+) -> None:
+    """Solve layers with the same inputs and the same recipe at once, and add them to result."""
+    started = time.perf_counter()
+    hessian, tokens = moments.hessian, moments.tokens
+    if recipe.kind == "skip":
+        for name, layer in layers.items():
+            n, k = layer.out_features, layer.in_features
+            result.report.append(LayerReport(name, "skip", "none", n, k, -1, None, None, tokens, 0.0))
+        return
+    notes = []
+    first = next(iter(layers))
+    if hessian is None and recipe.needs_hessian:
+        fallback = WITHOUT_DATA[recipe.kind]
+        notes.append(f"no calibration token reached it; method {fallback} instead of {recipe.method}")
+        warnings.warn(f"compress {first}: {notes[-1]}", CalibrationWarning, stacklevel=2)
+        recipe = recipe.with_method(fallback)
+    weight = torch.cat([layer.weight.detach().float() for layer in layers.values()])
+    require(bool(weight.isfinite().all()), f"compress {first}", "weights must be finite", "NaN or infinity")
+    group_size, note = recipe.group_size_for(first, weight.shape[0], weight.shape[1])
+    notes += [note] if note else []
+    weight = _target(weight, recipe.correct, moments, recipe.damping, first)
+    used: Factor | None = None
+    if recipe.method in ("sparsegpt", "sparsegpt_rtn", "gptq"):
+        key = (recipe.damping, recipe.order, group_size)
+        if key not in factors:
+            factors[key] = factor(moments.ordered(recipe, group_size), recipe.damping, first)
+        used = factors[key]
+        if used.damping != recipe.damping:
+            notes.append(f"damping {used.damping:g} instead of {recipe.damping:g}: Hessian not positive definite")
+    solution = solve(weight, recipe, group_size, hessian, used)
+    if recipe.refine:
+        assert hessian is not None
+        solution = refine(solution, weight, hessian, recipe.damping, recipe.refine)
+    seconds = time.perf_counter() - started
+    _keep(layers, weight, solution, recipe, hessian, result)
+    for row_index, (name, layer) in enumerate(layers.items(), start=len(result.report) - len(layers)):
+        share = seconds * layer.out_features / weight.shape[0]
+        result.report[row_index] = replace(
+            result.report[row_index],
+            name=name,
+            damping=used.damping if used is not None else None,
+            tokens=tokens,
+            seconds=share,
+            note="; ".join(notes),
+        )
+
+
+def _keep(
+    layers: dict[str, nn.Linear],
+    weight: torch.Tensor,
+    solution: Solution,
+    recipe: LayerRecipe,
+    hessian: torch.Tensor | None,
+    result: BlockResult,
+) -> None:
+    """Cut a stacked solution into its layers: canonical weights, or floats, and a report row each."""
+    start = 0
+    for name, layer in layers.items():
+        stop = start + layer.out_features
+        part = solution.rows(start, stop)
+        error = None if hessian is None else output_error(weight[start:stop], part.dense, hessian)
+        canonical = part.weight()
+        if canonical is None:
+            result.floats[name] = part.dense
+        else:
+            result.weights[name] = canonical
+        n, k = layer.out_features, layer.in_features
+        assert recipe.method is not None and recipe.method in METHODS[recipe.kind]
+        result.report.append(LayerReport(name, recipe.kind, recipe.method, n, k, part.group_size, error, None, 0, 0.0))
+        start = stop
+
+
+def write_back(layers: Mapping[str, nn.Linear], names: Mapping[str, str], result: BlockResult) -> None:
+    """Give layers the values that were found for them."""
+    for name, layer in layers.items():
+        full = names[name]
+        if full in result.weights:
+            layer.weight.data.copy_(result.weights[full].to_dense(torch.float32))
+        elif full in result.floats:
+            layer.weight.data.copy_(result.floats[full])

@@ -1,0 +1,132 @@
+"""`marlin compress` with recovery and automatic recipes, and `marlin eval --against`, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from marlin import api, nn
+from marlin.cli import recovery
+from marlin.compress import RecoveryEvent
+from tests.test_cli import TEXT, _text, _tokenizer, error_of, run
+
+SMALL = {"batch": 2, "length": 32, "generated_rows": 2, "generated_length": 32}
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(recovery, "ON_CPU", SMALL)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(dense model, text file)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("material")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(
+        **sizes, num_hidden_layers=2, vocab_size=64, max_position_embeddings=128, initializer_range=0.1, eos_token_id=1
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "dense")
+    _tokenizer().save_pretrained(folder / "dense")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder / "dense", folder / "text.txt"
+
+
+def compress(material: tuple[Path, Path], output: Path, *more: str | Path) -> Any:
+    dense, text = material
+    given = ("-c", text, "--samples", "4", "--length", "32", "--device", "cpu", "-g", "32", *more)
+    return run("compress", dense, output, *given)
+
+
+def test_compress_recovers_saves_what_it_measured_and_resumes(material: tuple[Path, Path], tmp_path: Path) -> None:
+    more = ("--recover", "0.02", "--resume-dir", tmp_path / "resume", "--json")
+    result = compress(material, tmp_path / "out", *more)
+    summary = json.loads(result.stdout)
+    trained = summary["recovery"]
+    assert summary["layers"] == {"w4a16_sp24": 14} and trained["steps"] > 0
+    assert trained["divergence"] <= trained["divergence_before"]
+    assert result.stderr.startswith("--recover without a GPU: about ") and "steps of 2 x 32 tokens" in result.stderr
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| recovery, divergence |" in card and (tmp_path / "resume" / "recovery" / "state.safetensors").is_file()
+    again = json.loads(compress(material, tmp_path / "again", *more).stdout)
+    assert again["recovery"]["divergence"] == trained["divergence"]
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert a == b
+
+
+def test_recover_of_a_loaded_model_changes_codes_but_not_masks(material: tuple[Path, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    compress(material, tmp_path / "out")
+    model = api.load(tmp_path / "out", dtype=torch.float32)
+    before = {name: layer.to_weight() for name, layer in nn.sparse_linears(model)}
+    teacher = AutoModelForCausalLM.from_pretrained(material[0])
+    given = recovery.settings(0.02, torch.device("cpu"), 0, None)
+    report = api.recover(model, teacher, TEXT, tokenizer=_tokenizer(), recovery=given)
+    after = {name: layer.to_weight() for name, layer in nn.sparse_linears(model)}
+    assert report["steps"] > 0 and after.keys() == before.keys()
+    assert all(torch.equal(after[name].mask(), before[name].mask()) for name in before)
+    assert report["best_step"] == 0 or any(not torch.equal(after[n].codes, before[n].codes) for n in before)
+    with pytest.raises(ValueError, match=r"^recover: the model must have compressed layers; got none\. "):
+        api.recover(teacher, teacher, TEXT, tokenizer=_tokenizer(), recovery=given)
+
+
+@pytest.mark.parametrize("budget", [("--bits", "4.0"), ("--max-ppl-increase", "0.5")])
+def test_compress_plans_before_it_compresses(
+    material: tuple[Path, Path], tmp_path: Path, budget: tuple[str, str]
+) -> None:
+    result = compress(material, tmp_path / "out", "--recipe", "auto", *budget, "--json")
+    summary = json.loads(result.stdout)
+    assert sum(summary["layers"].values()) == 14 and 3.5 <= summary["bits_per_weight"] <= 4.5
+    layers = ", ".join(f"{count} {kind}" for kind, count in sorted(summary["layers"].items()))
+    plan = _text(result.stderr)
+    assert f"plan: {layers}; {summary['bits_per_weight']:.3f} bits per weight, " in plan
+    assert ("x dense" in plan) == (budget[0] == "--max-ppl-increase")
+    if budget[0] == "--bits":
+        assert summary["bits_per_weight"] <= 4.0 and len(summary["layers"]) == 2
+
+
+def test_compress_refuses_a_budget_that_cannot_be_kept(material: tuple[Path, Path], tmp_path: Path) -> None:
+    dense, text = material
+    given = ("compress", dense, tmp_path / "o", "-c", text, "--device", "cpu", "-g", "32", "--json")
+    assert error_of(*given, "-r", "auto") == (
+        "error: compress: --recipe auto takes one of --bits and --max-ppl-increase; got neither."
+    )
+    assert error_of(*given, "-r", "auto", "--bits", "3.5", "--max-ppl-increase", "0.1") == (
+        "error: compress: --recipe auto takes one of --bits and --max-ppl-increase; got --bits and --max-ppl-increase."
+    )
+    assert error_of(*given, "--bits", "3.5") == "error: compress: a budget needs --recipe auto; got --bits."
+    assert error_of(*given, "--recover", "0") == "error: compress: --recover must be above 0 minutes; got 0.0."
+    small = ("--samples", "4", "--length", "32")
+    assert error_of(*given, "-r", "auto", "--bits", "3.4", *small) == (
+        "error: for_bits: bits must be at least 3.500; got 3.4. Raise the bits, or use a larger group size."
+    )
+
+
+def test_eval_against_the_dense_model(material: tuple[Path, Path], tmp_path: Path) -> None:
+    compress(material, tmp_path / "out")
+    arguments = ("--text", material[1], "--window", "64", "--limit", "4", "--device", "cpu")
+    found = json.loads(run("eval", tmp_path / "out", "--against", material[0], *arguments, "--json").stdout)
+    alone = json.loads(run("eval", tmp_path / "out", *arguments, "--json").stdout)
+    assert found["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
+    assert found["divergence"] > 0 and 0 < found["agreement"] < 1 and found["against"] == str(material[0])
+    line = _text(run("eval", material[0], "--against", material[0], *arguments).stdout)
+    assert f"against {material[0]}: perplexity {found['dense_perplexity']:.3f}, divergence 0.0000 nats a token" in line
+    assert line.endswith("same next token 100.0%")
+
+
+def test_describe_shows_figures_and_time_left() -> None:
+    assert recovery.describe(RecoveryEvent("generate", 0.5, 30.0), 2.0) == "writing text, 1:30 left"
+    event = RecoveryEvent("train", 0.5, 125.0, 7, 0.25, 0.5)
+    assert recovery.describe(event, 2.0) == "recovering, divergence 0.250, held out 0.500, 0:00 left"
