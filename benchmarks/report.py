@@ -17,12 +17,15 @@ from benchmarks import cliffs, figures, presets, records, serving
 from benchmarks.records import ROOT
 from benchmarks.rows import BASELINE, GROUP_SIZE, OURS, Impl, Rows, block_sums, label, ordered, pick, select
 from marlin.errors import message
+from marlin.runtime.config import all_configs
+from marlin.runtime.problem import KINDS
 
 _LAYER_M = presets.LAYER_BATCH
 _STALE = "> **Stale**: measured with earlier kernels than those in this tree. Measure again with `make gpu`."
 _NOTHING = "No record yet. Measure with `make gpu`."
 _NO_SUSTAINED = "No record yet. Measure with `marlin bench sustained`."
 _NO_DECODE = "No record yet. Measure with `marlin bench decode`."
+_NO_SERVING = "No record yet. Measure with `python -m benchmarks.serving`."
 _MARKER = re.compile(r"<!-- bench:([a-z0-9-]+) -->\n(.*?)<!-- /bench:\1 -->", re.DOTALL)
 _ANY_MARKER = re.compile(r"<!-- /?bench:([^ ]*) -->")
 
@@ -37,7 +40,15 @@ def caption(record: dict[str, Any]) -> str:
     """Where the numbers come from, and whether they are current."""
     versions = f"driver {record['driver']}, CUDA {record['cuda']}, torch {record['torch']}"
     text = f"{record['gpu']}, {versions}, {record['date']}."
-    return f"{text}\n\n{_STALE}" if records.is_stale(record) else text
+    return "\n\n".join([text, *([_STALE] if records.is_stale(record) else []), *_retired(record)])
+
+
+def _retired(record: dict[str, Any]) -> list[str]:
+    """A sentence where rows name tiles that are no longer built: the record's hash covers the kernels' text alone."""
+    tags = {config.tag for kind in KINDS for config in all_configs(kind)}
+    named = [row["config"].split()[-1] for row in record["rows"] if row.get("impl") == "marlin" and row.get("config")]
+    retired = sum(tag not in tags for tag in named)
+    return [f"{retired} of {len(named)} times of our kernels are of tiles that are no longer built."] if retired else []
 
 
 def _speed_line(name: str, sums: dict[Impl, dict[str, float]], columns: list[Impl]) -> list[str]:
@@ -158,7 +169,7 @@ def _decode() -> str:
 
 def _serving() -> str:
     found = [record for record in records.read_all("serving") if record["rows"]]
-    return "\n\n".join(f"{caption(record)}\n\n{serving.table(record['rows'])}" for record in found) or _NOTHING
+    return "\n\n".join(f"{caption(record)}\n\n{serving.table(record['rows'])}" for record in found) or _NO_SERVING
 
 
 def _figures(prefix: str) -> Callable[[], str]:

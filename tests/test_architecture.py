@@ -68,7 +68,7 @@ QUALITY = (*BENCHMARKS, "", "compress", "evaluate", "demo", "api")
 LATE = ("accelerate", "cuda", "gguf", "matplotlib", "peft", "transformers", "triton", "vllm")
 
 # What `import marlin` loads: the operators under torch.ops, and the hook that waits for transformers.
-EAGER = {"marlin.ops", "marlin.integrations.transformers.register_lazily"}
+EAGER = {"marlin.integrations.transformers.register_lazily"}
 
 # Interfaces that are wider than MAX_PARAMETERS, and why.
 WIDE = {

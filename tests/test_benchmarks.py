@@ -29,6 +29,7 @@ from benchmarks import (
     traffic,
 )
 from benchmarks.candidates import AbsentError, Setting
+from marlin.runtime import all_configs
 
 # The shapes, batch sizes and fields that the targets are stated in, written out a second time.
 TARGET_BLOCK = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
@@ -418,6 +419,19 @@ def test_report_marks_records_of_other_kernels_as_stale(folder: pathlib.Path) ->
     records.write(folder / "gemm-h100.json", make_record(block_rows(), kernel_hash="0" * 64))
     for name in ("block", "layers", "models"):
         assert "> **Stale**: measured with earlier kernels" in report.TABLES[name]()
+
+
+def test_caption_counts_times_of_tiles_that_are_no_longer_built() -> None:
+    built = all_configs("w4a16_sp24")[-1].tag
+    rows = [
+        make_row("marlin", "w4a16_sp24", 16, 4096, 4096, 5.0, config=f"sm90_w4a16_sp24 {tag}")
+        for tag in (built, "1x1x1")
+    ]
+    rows.append(make_row("cublas", "fp16", 16, 4096, 4096, 9.0, config=None))
+    assert report.caption(make_record(rows)).endswith(
+        "1 of 2 times of our kernels are of tiles that are no longer built."
+    )
+    assert "no longer built" not in report.caption(make_record([rows[0], rows[2]]))
 
 
 def test_report_sum_is_left_out_when_a_layer_is_missing() -> None:

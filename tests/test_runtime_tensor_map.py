@@ -48,7 +48,7 @@ def test_encode_gives_the_drivers_word(fake, monkeypatch):
     monkeypatch.setattr(driver, "error_name", lambda code: f"error {code}")
     expected = (
         "tensor_map: the driver must describe the tensor; got error 1 for uint64 (16, 1, 1), strides (128, 128), box "
-        "(16, 1, 1), at 0x8."
+        "(16, 1, 1), at 0x8. marlin doctor checks driver, compiler and GPU."
     )
     with pytest.raises(LaunchError, match=f"^{re.escape(expected)}$"):
         tensor_map.encode(8, "uint64", (16, 1, 1), (128, 128), (16, 1, 1))

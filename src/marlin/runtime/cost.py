@@ -49,6 +49,7 @@ _MEMORY_SHARE = 0.879  # of the nominal bandwidth that streaming reaches
 
 # The same of sm90_*, where a launch overlaps the one before: fitted to 1086 timings of its tiles on the same layers and
 # GPU at M = 1 to 4096 (root mean square error 8 %; the choice is on average 0.8 % slower than the best tile).
+# Most of them are in the tiles record, which a test holds the model to; some are of earlier texts of the kernels.
 _LAUNCH90_US, _REDUCE90_US, _CLUSTER_US, _WAVE_US = 0.871, 3.61, 1.58, 2.76
 _PART90_US, _STORE_US = 8.61e-6, 2.80e-5  # a byte
 _TENSOR90 = 1.083  # cycles of a unit for each token

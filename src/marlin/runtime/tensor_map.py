@@ -36,5 +36,6 @@ def encode(
     )
     if code:
         got = f"{driver.error_name(code)} for {dtype} {extents}, strides {strides}, box {box}, at {pointer:#x}"
-        raise LaunchError(message("tensor_map", "the driver must describe the tensor", got))
+        fix = "marlin doctor checks driver, compiler and GPU."
+        raise LaunchError(message("tensor_map", "the driver must describe the tensor", got, fix))
     return ctypes.string_at(address, NUM_BYTES)
