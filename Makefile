@@ -3,6 +3,7 @@
 # make lint    ruff, format check, mypy
 # make kernels compile every kernel configuration for every supported architecture; fails on register spills
 # make gpu     on a GPU host: GPU tests and benchmarks with the system's Python, no .venv and no network
+# make sanitize  on a GPU host: compute-sanitizer (memcheck, racecheck, synccheck) over a reduced set of kernels
 # make bench-report  render the tables of README and docs from benchmarks/records; make report-check compares only
 # make clean   remove .venv, caches and build output
 #
@@ -25,7 +26,7 @@ DEMO_ARGS ?=
 DOCUMENTS := README.md $(sort $(wildcard docs/*.md))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint kernels gpu bench-report report-check clean
+.PHONY: help demo test lint kernels gpu sanitize bench-report report-check clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/^$$/p'
@@ -64,6 +65,9 @@ kernels: $(VENV)/.dev
 
 gpu:
 	@PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu
+
+sanitize:
+	@PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) tests/gpu/sanitize.py
 
 bench-report: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.report --update $(DOCUMENTS)

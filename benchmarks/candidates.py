@@ -6,19 +6,22 @@ Owns how a weight is made, copied so that it is cold, checked and called. Peers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from benchmarks import machine, timing, traffic
-from marlin import ops
+from marlin import ops, settings
 from marlin.formats import CompressedWeight, DenseInt4Weight, Weight, num_groups
 from marlin.formats.layouts import PackedWeight, pack
 from marlin.formats.sparsity import LEGAL_NIBBLES
 from marlin.testing import tolerance
 
+# The implementation of our operator in batch-invariant mode, beside "marlin".
+BATCH_INVARIANT = "marlin-batch-invariant"
 # Rows of M whose results are checked; both ends are among them.
 CHECKED_ROWS = 512
 
@@ -119,8 +122,18 @@ def _clone(packed: PackedWeight) -> PackedWeight:
     return replace(packed, codes=packed.codes.clone(), meta=meta, scales=packed.scales.clone())
 
 
-def marlin(kind: str) -> Factory:
-    """Factory of the project's operator of `kind`, through `marlin.ops.linear_out`."""
+@contextmanager
+def _mode(batch_invariant: bool) -> Iterator[None]:
+    before = settings.batch_invariant()
+    settings.set_batch_invariant(batch_invariant)
+    try:
+        yield
+    finally:
+        settings.set_batch_invariant(before)
+
+
+def marlin(kind: str, *, batch_invariant: bool = False) -> Factory:
+    """Factory of the project's operator of `kind`, through `marlin.ops.linear_out`, in batch-invariant mode or not."""
 
     def build(setting: Setting) -> Prepared:
         weight = random_weight(kind, setting)
@@ -128,18 +141,26 @@ def marlin(kind: str) -> Factory:
         copies = [first, *(_clone(first) for _ in range(setting.copies(kind) - 1))]
 
         def check(act: torch.Tensor, out: torch.Tensor) -> None:
-            ops.linear_out(act, first, out.fill_(torch.nan))
+            call(0, act, out.fill_(torch.nan))
             _check_rows(weight, act, out)
-            again = ops.linear_out(act, copies[-1], torch.full_like(out, torch.nan))
+            again = torch.full_like(out, torch.nan)
+            call(-1, act, again)
             if not torch.equal(again, out):
                 raise AssertionError("two runs on equal weights differ")
+            if batch_invariant:
+                call(0, act[-1:].clone(), again[:1])
+                if not torch.equal(again[:1], out[-1:]):
+                    raise AssertionError("a row alone differs from the same row in a batch")
 
         def config(m: int) -> str:
-            return ops.describe(kind, m, setting.n, setting.k, setting.group_size, setting.dtype, setting.device)
+            with _mode(batch_invariant):
+                return ops.describe(kind, m, setting.n, setting.k, setting.group_size, setting.dtype, setting.device)
 
         def call(i: int, act: torch.Tensor, out: torch.Tensor) -> Any:
-            return ops.linear_out(act, copies[i], out)
+            with _mode(batch_invariant):
+                return ops.linear_out(act, copies[i], out)
 
-        return Prepared("marlin", kind, len(copies), call, check, config, meta_bits=meta_bits(first))
+        impl = BATCH_INVARIANT if batch_invariant else "marlin"
+        return Prepared(impl, kind, len(copies), call, check, config, meta_bits=meta_bits(first))
 
     return build

@@ -18,7 +18,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import presets, records
-from benchmarks.rows import BASELINE, GROUP_SIZE, LABELS, OURS, Impl, Rows, block_sums, ordered, pick, select
+from benchmarks.rows import (
+    BASELINE,
+    GROUP_SIZE,
+    INVARIANT,
+    LABELS,
+    OURS,
+    Impl,
+    Rows,
+    block_sums,
+    ordered,
+    pick,
+    select,
+    without,
+)
 
 FOLDER = records.ROOT / "docs" / "figures"
 # Changes when the drawing does, so that old files count as behind.
@@ -65,7 +78,11 @@ def _key(impl: Impl) -> str:
 
 
 def speedups(rows: Rows, shapes: Sequence[tuple[int, int]]) -> dict[Impl, list[tuple[int, float]]]:
-    """Per implementation, (M, speedup over cuBLAS) of the sum over shapes, for every M measured."""
+    """Per implementation, (M, speedup over cuBLAS) of the sum over shapes, for every M measured.
+
+    Without that in batch-invariant mode, which is measured at few points.
+    """
+    rows = without(rows, INVARIANT)
     lines: dict[Impl, list[tuple[int, float]]] = {}
     for m in sorted({row["m"] for row in rows}):
         sums = block_sums(rows, shapes, m)

@@ -22,9 +22,13 @@ from benchmarks import candidates, ceilings, cliffs, isolated, machine, peers, p
 from benchmarks.candidates import AbsentError, Factory, Prepared, Setting
 from benchmarks.presets import Part
 
+# Takes part at these points alone, unless --impls names it.
+INVARIANT = "w4a16_sp24-batch-invariant"
+_INVARIANT_AT = {"float16": (presets.BLOCK, presets.BATCHES)}
 OWN: dict[str, Factory] = {
     "w4a16_sp24": candidates.marlin("w4a16_sp24"),
     "w4a16_dense": candidates.marlin("w4a16_dense"),
+    INVARIANT: candidates.marlin("w4a16_sp24", batch_invariant=True),
 }
 QUICK_BATCHES, QUICK_BUDGET_MS = "1,16,64,256", 15.0
 DEFAULT_SECONDS = 200.0
@@ -35,7 +39,7 @@ class Run:
     """One benchmark run: what it measures with, and what it found.
 
     ends: when to start no further point, on the scale of `time.monotonic`. read: a reading of the GPU, taken after each
-    point.
+    point. everywhere: whether INVARIANT is measured at every point.
     """
 
     factories: dict[str, Factory]
@@ -44,6 +48,7 @@ class Run:
     ceilings: traffic.Ceilings
     ends: float = float("inf")
     read: Callable[[], machine.Reading] | None = None
+    everywhere: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
@@ -56,6 +61,8 @@ class Run:
         for name, factory in self.factories.items():
             if name in peers.PEERS and wanted is not None and name not in wanted:
                 continue
+            if name == INVARIANT and not self._measures_invariant(setting):
+                continue
             try:
                 built.append(factory(setting))
             except AbsentError as reason:
@@ -66,6 +73,10 @@ class Run:
                 else:
                     self._fault(f"{name} n={setting.n} k={setting.k}: {type(error).__name__}: {error}")
         return built
+
+    def _measures_invariant(self, setting: Setting, m: int | None = None) -> bool:
+        shapes, batches = _INVARIANT_AT.get(_dtype_name(setting.dtype), ((), ()))
+        return self.everywhere or ((setting.n, setting.k) in shapes and (m is None or m in batches))
 
     def _note_absent(self, name: str, setting: Setting, reason: str) -> None:
         dtype = _dtype_name(setting.dtype)
@@ -87,7 +98,10 @@ class Run:
                 continue
             act = setting.random_act(m)
             out = torch.empty(m, setting.n, dtype=setting.dtype, device=setting.device)
-            sound = [one for one in built if self._is_right(one, act, out, setting)]
+            at_m = [
+                one for one in built if one.impl != candidates.BATCH_INVARIANT or self._measures_invariant(setting, m)
+            ]
+            sound = [one for one in at_m if self._is_right(one, act, out, setting)]
             calls = {one.key: (_bind(one, act, out), one.copies) for one in sound if one.record is None}
             others = {one.key: partial(one.record, m) for one in sound if one.record is not None}
             timings = timing.time_interleaved(calls, self.budget_ms, self._on_failure(setting, m), others)
@@ -299,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     budget_ms = args.budget_ms or (QUICK_BUDGET_MS if args.quick else 40.0)
     seconds = args.seconds or (DEFAULT_SECONDS if wanted == presets.default_parts() else float("inf"))
     run = Run(factories, args.group_size, budget_ms, ceilings.measure(), began + seconds)
+    run.everywhere = args.impls is not None
     if source == "nvml":  # Why: nvidia-smi takes a tenth of a second, which adds up.
         run.read = read
     print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}: {vars(run.ceilings)}", flush=True)

@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one command: `python -m benchmarks.gpu` (`make gpu`).
 
 Owns the order of the steps and the closing table: compile the kernels, run the GPU tests, and, only when these pass,
-measure ceilings and GEMMs and print the tables. `--also decode,sustained` adds the longer measurements. Each step is a
-process of its own with PYTHONPATH set, so the system's Python is enough. Where the environment variable OUT names a
-folder, logs and records are copied there too.
+measure ceilings, host time and GEMMs and print the tables. `--also decode,sustained` adds the longer measurements. Each
+step is a process of its own with PYTHONPATH set, so the system's Python is enough. Where the environment variable OUT
+names a folder, logs and records are copied there too.
 Imports nothing but the standard library.
 """
 
@@ -24,10 +24,10 @@ from xml.etree import ElementTree
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "gpu"
 RECORDS = ROOT / "benchmarks" / "records"
-STEPS = ("compile", "tests", "ceilings", "gemm", "decode", "sustained", "report")
+STEPS = ("compile", "tests", "ceilings", "host", "gemm", "decode", "sustained", "report")
 # Run only when they are asked for: a minute, and about five.
 EXTRA = ("decode", "sustained")
-KINDS = ("gemm", "ceilings", "decode", "sustained")
+KINDS = ("gemm", "ceilings", "host", "decode", "sustained")
 # Measuring a kernel that is wrong is a waste: these stop what follows.
 _GATES = ("compile", "tests")
 

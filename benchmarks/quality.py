@@ -89,7 +89,11 @@ def measure(material: Material, key: str, row: dict[str, Any]) -> dict[str, Any]
         "peak_memory_gib": None if made.seconds is None else peak,
     }
     if methods.METHODS[key].base is not None:
-        found["reloaded"] = round(reloaded(material, made, key), 2)
+        try:
+            found["reloaded"] = round(reloaded(material, made, key), 2)
+        except Exception:  # Why: what was measured stands without it.
+            traceback.print_exc()
+            found["reloaded"] = None
     return {
         "key": key,
         "model": setting.name,
@@ -130,14 +134,15 @@ def update(path: pathlib.Path, material: Material, keys: list[str], again: bool)
         fix = "Choose another --out, or delete it."
         raise ValueError(message("benchmarks.quality", "the record must be of this protocol", record["protocol"], fix))
     rows = {row["key"]: row for row in record["rows"]}
+    stale: set[str] = set()
     if again:
         for key in keys:
-            rows.pop(key, None)
+            stale.add(key)
             shutil.rmtree(setting.work / key, ignore_errors=True)
             (setting.work / f"{key}.seconds").unlink(missing_ok=True)
             (setting.work / f"{key}.json").unlink(missing_ok=True)
     for key in keys:
-        row = rows.get(key, {})
+        row = {} if key in stale else rows.get(key, {})
         if row and all(row[name] is not None for name in setting.texts):
             continue
         if time.monotonic() > setting.end - 45:

@@ -11,7 +11,7 @@ from marlin.compress.recipe import HELPS, PLAIN
 WINDOW, GROUP_SIZE, SEED = 1024, 64, 0
 MAX_RATIO, PROBE_WINDOWS, PROBE_TOKENS = 1.9, 2, 512
 DENSE, MIXED, JOINT, BEST = "dense", "mixed", "joint", "joint-best"
-RECOVERED, AUTO = "joint-recovered", "auto-recovered"
+RECOVERED, AUTO, LOW_RANK = "joint-recovered", "auto-recovered", "joint-best-lr32"
 TEXTS = ("wiki", "news")
 
 
@@ -45,6 +45,7 @@ METHODS: dict[str, Method] = {
     "joint-correct-1": _method(*SPARSE, sequential=True, correct=1.0, order="activation", refine=3),
     "joint-damped": _method(*SPARSE, sequential=True, **ALL_HELPS, damping=0.05),
     BEST: _method(*SPARSE, sequential=True, **ALL_HELPS),
+    LOW_RANK: _method(*SPARSE, sequential=True, **ALL_HELPS, low_rank=32),
     "rtn": _method("rtn", "INT4", "w4a16_dense"),
     "gptq": _method(*INT4),
     "gptq-order": _method(*INT4, order="activation"),

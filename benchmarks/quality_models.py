@@ -21,6 +21,8 @@ from benchmarks import quality_methods as methods
 from marlin import Options, Recipe
 from marlin.errors import message
 
+MEASURING_SECONDS = 25.0
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -39,6 +41,10 @@ class Setting:
     end: float = float("inf")
     recovery: dict[str, Any] = field(default_factory=dict)
 
+    def left(self) -> float:
+        """Seconds until the end, those that saving and measuring take left out."""
+        return self.end - time.monotonic() - MEASURING_SECONDS
+
 
 class Material:
     """Model and token streams of a folder, loaded on first use."""
@@ -50,6 +56,7 @@ class Material:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(setting.data / "model", local_files_only=True)
         self._streams: dict[str, torch.Tensor] = {}
         self.generated: torch.Tensor | None = None
+        self.writing = 0.0
 
     def stream(self, name: str) -> torch.Tensor:
         """Token ids of a text, int64. Raises: FileNotFoundError."""
@@ -170,21 +177,50 @@ def make(material: Material, key: str) -> Made:
     return made
 
 
-def train(material: Material, key: str, made: Made, teacher: Any, minutes: float, more: dict[str, Any]) -> Any:
-    """One recovery of made.model, in place; its report is kept under setting.work."""
-    setting = material.setting
+def shower(key: str) -> Any:
+    """A recovery's progress on one line."""
 
     def show(event: Any) -> None:
         loss = "" if event.loss is None else f" step {event.step} loss {event.loss:.4f} held out {event.held_out:.4f}"
         print(f"\r{key}: {event.stage} {event.share:.0%}{loss}", end="", file=sys.stderr, flush=True)
 
+    return show
+
+
+def write(material: Material, key: str, teacher: Any) -> float:
+    """Let the dense model write what all recoveries are trained on, once; returns the seconds that it took."""
+    setting = material.setting
+    if material.generated is None:
+        started = time.perf_counter()
+        recovery = marlin.compress.Recovery(
+            **setting.recovery,
+            minutes=setting.minutes,
+            device=setting.device,
+            seed=methods.SEED,
+            progress=shower(key),
+        )
+        seconds = min(setting.minutes * 60, max(setting.left(), 1.0)) * recovery.generation_share
+        # Why cut: the tail of the text is held out by the recovery.
+        stream = material.stream("calibration")
+        stream = stream[: int(0.9 * stream.numel())]
+        material.generated = marlin.compress.generate_text(teacher.to(setting.device), stream, recovery, seconds)
+        material.writing = time.perf_counter() - started
+        count = material.generated.numel()
+        print(f"\r{key}: {count} tokens written in {material.writing:.1f} s", file=sys.stderr, flush=True)
+    return material.writing
+
+
+def train(material: Material, key: str, made: Made, teacher: Any, minutes: float, more: dict[str, Any]) -> Any:
+    """One recovery of made.model, in place; its report is kept under setting.work."""
+    setting = material.setting
     recovery = marlin.compress.Recovery(
-        **{**setting.recovery, **more}, minutes=minutes, device=setting.device, seed=methods.SEED, progress=show
+        **{**setting.recovery, **more},
+        minutes=minutes,
+        device=setting.device,
+        seed=methods.SEED,
+        progress=shower(key),
     )
     stream = material.stream("calibration")
-    if material.generated is None:
-        seconds = setting.minutes * 60 * recovery.generation_share
-        material.generated = marlin.compress.generate_text(teacher.to(setting.device), stream, recovery, seconds)
     result = marlin.compress.recover(
         made.model, teacher, made.result.weights, stream, recovery=recovery, generated=material.generated
     )
@@ -201,11 +237,9 @@ def train(material: Material, key: str, made: Made, teacher: Any, minutes: float
     return result
 
 
-def recover(material: Material, key: str, made: Made) -> Made:
-    """made, trained; with the settings of the best trial where there are trials."""
-    setting, teacher, more = material.setting, material.model(), {}
-    started = time.perf_counter()
-    kept = setting.work / "trials.json"
+def tried(material: Material, made: Made, teacher: Any) -> dict[str, Any]:
+    """The settings of the best trial, of those kept under setting.work or made now; none without trials."""
+    setting, kept = material.setting, material.setting.work / "trials.json"
     if setting.trial_minutes > 0 and not kept.exists():
         scores: dict[str, float] = {}
         warm = Made(copy.deepcopy(made.model), made.result, "", None)
@@ -216,13 +250,21 @@ def recover(material: Material, key: str, made: Made) -> Made:
                 "divergence"
             ]
             kept.write_text(json.dumps(scores), encoding="utf-8")
-    if kept.exists():
-        scores = json.loads(kept.read_text(encoding="utf-8"))
-        more = methods.TRIALS[min(scores, key=scores.__getitem__)]
-    left = setting.end - time.monotonic() - 30
-    minutes = max(min(setting.minutes, left / 60), 0.01)
+    if not kept.exists():
+        return {}
+    scores = json.loads(kept.read_text(encoding="utf-8"))
+    return methods.TRIALS[min(scores, key=scores.__getitem__)]
+
+
+def recover(material: Material, key: str, made: Made) -> Made:
+    """made, trained; with the settings of the best trial where there are trials."""
+    setting, teacher = material.setting, material.model()
+    writing = write(material, key, teacher)
+    started = time.perf_counter()
+    more = tried(material, made, teacher)
+    minutes = max(min(setting.minutes - writing / 60, setting.left() / 60), 0.01)
     made.result.weights = train(material, key, made, teacher, minutes, more).weights
-    spent = time.perf_counter() - started
+    spent = time.perf_counter() - started + writing
     made.seconds = None if made.seconds is None else made.seconds + spent
     return made
 
@@ -232,13 +274,13 @@ def reloaded(material: Material, made: Made, key: str) -> float:
     setting = material.setting
     folder = setting.work / f"saved-{key}"
     model = copy.deepcopy(made.model).cpu()
-    marlin.replace_linears(model, made.result.weights, torch.float16)
+    marlin.replace_linears(model, made.result.weights, torch.float16, made.result.low_rank)
     marlin.save_pretrained(model.half(), folder, overwrite=True)
     loaded = marlin.api.load(folder)
     plain = material.model()
     names = dict(marlin.sparse_linears(loaded))
     values = {name: tensor for name, tensor in loaded.state_dict().items() if name.rpartition(".")[0] not in names}
-    values |= {f"{name}.weight": layer.to_weight().to_dense(torch.float32) for name, layer in names.items()}
+    values |= {f"{name}.weight": layer.to_dense(torch.float32) for name, layer in names.items()}
     plain.load_state_dict(values)
     return marlin.evaluate.perplexity(
         plain.to(setting.device), material.stream("wiki"), window=methods.WINDOW, limit=setting.limit

@@ -13,9 +13,22 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks import cliffs, figures, presets, records, serving
+from benchmarks import cliffs, figures, presets, records, serving_tables
 from benchmarks.records import ROOT
-from benchmarks.rows import BASELINE, GROUP_SIZE, OURS, Impl, Rows, block_sums, label, ordered, pick, select
+from benchmarks.rows import (
+    BASELINE,
+    GROUP_SIZE,
+    INVARIANT,
+    OURS,
+    Impl,
+    Rows,
+    block_sums,
+    label,
+    ordered,
+    pick,
+    select,
+    without,
+)
 from marlin.errors import message
 from marlin.runtime.config import all_configs
 from marlin.runtime.problem import KINDS
@@ -23,6 +36,7 @@ from marlin.runtime.problem import KINDS
 _LAYER_M = presets.LAYER_BATCH
 _STALE = "> **Stale**: measured with earlier kernels than those in this tree. Measure again with `make gpu`."
 _NOTHING = "No record yet. Measure with `make gpu`."
+_NO_HOST = "No record yet. Measure with `marlin bench host`."
 _NO_SUSTAINED = "No record yet. Measure with `marlin bench sustained`."
 _NO_DECODE = "No record yet. Measure with `marlin bench decode`."
 _NO_SERVING = "No record yet. Measure with `python -m benchmarks.serving`."
@@ -85,7 +99,7 @@ def _block(dtype: str) -> str:
 
 def _layers() -> str:
     def body(rows: Rows) -> str:
-        rows = select(rows, dtype="float16", m=_LAYER_M)
+        rows = without(select(rows, dtype="float16", m=_LAYER_M), INVARIANT)
         shapes = dict.fromkeys((row["n"], row["k"]) for row in rows)
         return speed_table("N x K", [(f"{n} x {k}", block_sums(rows, [(n, k)], _LAYER_M)) for n, k in shapes])
 
@@ -94,7 +108,7 @@ def _layers() -> str:
 
 def _models() -> str:
     def body(rows: Rows) -> str:
-        rows = select(rows, dtype="float16")
+        rows = without(select(rows, dtype="float16"), INVARIANT)
         points = [
             (f"{name}, M={m}", block_sums(rows, [(layer.n, layer.k) for layer in layers], m))
             for name, layers in presets.PRESETS.items()
@@ -169,7 +183,7 @@ def _decode() -> str:
 
 def _serving() -> str:
     found = [record for record in records.read_all("serving") if record["rows"]]
-    return "\n\n".join(f"{caption(record)}\n\n{serving.table(record['rows'])}" for record in found) or _NO_SERVING
+    return "\n\n".join(f"{caption(record)}\n\n{serving_tables.render(record)}" for record in found) or _NO_SERVING
 
 
 def _figures(prefix: str) -> Callable[[], str]:
@@ -196,6 +210,19 @@ def _ceilings() -> str:
     ]
     header = ("GPU", "read, GB/s", "copy, GB/s", "dense fp16, TFLOP/s")
     return table(header, lines) if lines else _NOTHING
+
+
+def _host() -> str:
+    parts = []
+    for record in records.read_all("host"):
+        modes = list(dict.fromkeys(row["mode"] for row in record["rows"]))
+        calls: dict[tuple[str, str], dict[str, float]] = {}
+        for row in record["rows"]:
+            calls.setdefault((row["impl"], row["call"]), {})[row["mode"]] = row["us"]
+        lines = [[name, impl, *(f"{times[mode]:.1f}" for mode in modes)] for (impl, name), times in calls.items()]
+        text = f"{record['gpu']}, torch {record['torch']}, Python {record['python']}, {record['date']}. Microseconds."
+        parts.append(f"{text}\n\n{table(('call', 'of', *modes), lines)}")
+    return "\n\n".join(parts) or _NO_HOST
 
 
 def _number(value: Any, form: str) -> str:
@@ -235,6 +262,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "figures": _figures("docs/figures/"),
     "figures-docs": _figures("figures/"),
     "ceilings": _ceilings,
+    "host": _host,
     "quality": _quality,
 }
 

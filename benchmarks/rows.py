@@ -13,9 +13,11 @@ Impl = tuple[str, str]
 
 BASELINE: Impl = ("cublas", "fp16")
 OURS: Impl = ("marlin", "w4a16_sp24")
+INVARIANT: Impl = ("marlin-batch-invariant", "w4a16_sp24")
 LABELS: dict[Impl, str] = {
     ("marlin", "w4a16_sp24"): "**2:4 INT4**",
     ("marlin", "w4a16_dense"): "**INT4**",
+    INVARIANT: "2:4 INT4, batch-invariant",
     ("sparse-marlin", "w4a16_sp24"): "published Sparse-Marlin, 2:4 INT4",
     ("marlin-published", "w4a16_dense"): "published Marlin, INT4",
     ("cusparselt", "fp16_sp24"): "cuSPARSELt, 2:4 fp16",
@@ -28,6 +30,11 @@ GROUP_SIZE = 128
 def select(rows: Rows, **want: Any) -> Rows:
     """Rows whose fields have the values wanted."""
     return [row for row in rows if all(row[name] == value for name, value in want.items())]
+
+
+def without(rows: Rows, impl: Impl) -> Rows:
+    """Rows of all other implementations."""
+    return [row for row in rows if (row["impl"], row["op"]) != impl]
 
 
 def block_sums(rows: Rows, shapes: Iterable[tuple[int, int]], m: int) -> dict[Impl, dict[str, float]]:

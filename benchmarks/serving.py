@@ -2,13 +2,16 @@
 
 Owns what a user of vLLM feels: time per output token and prompt tokens per second of a model of Llama-3.1-8B's shape
 with random weights, unquantized, as vLLM's own dense INT4, and 2:4 INT4 through the plugin, on the same engine and
-settings. Each engine is a process of its own; every row is written to `records/serving-<gpu>.json` when it is measured.
+settings. Each engine is a process of its own (`benchmarks.engines`); every row is written to
+`records/serving-<gpu>.json` when it is measured.
 
 Time per output token is (time for 1 + output tokens - time for 1 token) / output, so that it holds no prefill; prompt
-tokens per second are those of the second term. Both are the best of the repetitions.
+tokens per second are those of the second term. Both are the best of the repetitions, of which there is one where a run
+takes more than 3 seconds.
 
-A record: facts of the machine (`benchmarks.machine`), kernel_hash, settings, rows. A row: engine, version, model,
-quantization, kernel, tp, batch, prompt, output, ms_per_output_token, prefill_tokens_per_s.
+A record: facts of the machine (`benchmarks.machine`), kernel_hash, settings, rows, profiles. A row: engine, version,
+model, quantization, kernel, tp, mode (of compilation), batch, prompt, output, ms_per_output_token,
+prefill_tokens_per_s. A profile: the same up to mode, and what `benchmarks.serving_profile` finds.
 """
 
 from __future__ import annotations
@@ -18,30 +21,22 @@ import collections
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import records
+from benchmarks import engines, records, serving_profile, serving_tables
 from marlin.errors import message
 
 MODEL = "Llama-3.1-8B, random weights"
-# Ours last by name, first in order of measuring: it is what the others are compared with.
-QUANTIZATIONS = ("sparse_marlin", "pack-quantized", "none", "pack-quantized, marlin kernel")
+QUANTIZATIONS = serving_tables.KINDS
 GROUP_SIZE, PROMPT, OUTPUT, LONG_PROMPT = 128, 512, 128, 4096
-_FIELDS = ("quantization", "tp", "batch", "prompt", "output")
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model takes a function
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-}
+_MAX_LENGTH = 8192
+_PROFILED_BATCHES = (1, 64)
+_FIELDS = ("model", "version", "quantization", "tp", "batch", "prompt", "output")
+_PROFILE_FIELDS = ("model", "version", "quantization", "tp", "batch")
 _LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -115,26 +110,40 @@ def randomize(model: Any) -> dict[str, int]:
     return dict(counts)
 
 
+def cache_bytes(args: argparse.Namespace) -> int:
+    """Keys and values of the largest batch, or of one sequence of the largest length, on one GPU."""
+    heads = max(_LLAMA["num_key_value_heads"] // args.tp, 1)
+    token = 2 * 2 * heads * _LLAMA["head_dim"] * args.layers
+    # Why 64: blocks are filled in part, and some are kept free.
+    tokens = max(args.batches) * (args.prompt + args.output + 64) + args.long_prompt
+    return int(token * max(tokens, 2 * _MAX_LENGTH))
+
+
 def engine_arguments(directory: str, args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of vLLM's engine, the same for every quantization."""
-    largest = max(args.batches)
-    sizes = sorted({size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size <= largest} | set(args.batches))
     modes = {"none": (0, "FULL_DECODE_ONLY"), "compile": (3, "FULL_AND_PIECEWISE")}
     mode, graphs = modes[args.mode]
+    sizes = sorted(set(args.batches))
     return {
         "model": directory,
         "load_format": "dummy",
         "dtype": "float16",
         "seed": 0,
         "tensor_parallel_size": args.tp,
-        "max_model_len": 8192,
-        "max_num_seqs": largest,
-        "max_num_batched_tokens": 8192,
-        "gpu_memory_utilization": args.memory,
+        "max_model_len": _MAX_LENGTH,
+        "max_num_seqs": max(args.batches),
+        "max_num_batched_tokens": _MAX_LENGTH,
+        # What the start asks for; the cache itself has a stated size, so that no engine has to measure what is left.
+        "gpu_memory_utilization": 0.5,
+        "kv_cache_memory_bytes": cache_bytes(args),
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
-        "compilation_config": {"mode": mode, "cudagraph_capture_sizes": sizes, "cudagraph_mode": graphs},
+        "compilation_config": {
+            "mode": mode,
+            "cudagraph_capture_sizes": sizes,
+            "cudagraph_mode": graphs,
+        },
         **({"attention_config": {"backend": args.attention}} if args.attention else {}),
     }
 
@@ -151,6 +160,8 @@ def _measure(llm: Any, batch: int, prompt: int, output: int, repetitions: int) -
     def seconds(tokens: int) -> float:
         best = float("inf")
         for _ in range(repetitions):
+            if 3 < best < float("inf"):
+                break
             sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
             began = time.perf_counter()
             outputs = llm.generate(prompts, sampling, use_tqdm=False)
@@ -164,99 +175,68 @@ def _measure(llm: Any, batch: int, prompt: int, output: int, repetitions: int) -
 
 
 def run_case(args: argparse.Namespace) -> None:
-    """One engine: print a line `ROW {...}` for each point."""
+    """One engine, once a line comes in: print a line `ROW {...}` for each point, `PROFILE {...}` for each profile."""
     import vllm
 
+    if not sys.stdin.readline():
+        return
     with tempfile.TemporaryDirectory() as directory:
         config = model_config(args.layers, args.case)
         pathlib.Path(directory, "config.json").write_text(json.dumps(config))
+        began = time.monotonic()
         llm = vllm.LLM(**engine_arguments(directory, args))
         counts = llm.apply_model(randomize)[0]
-        print(f"{args.case}: {counts}", flush=True)
+        print(f"{args.case}: {counts}, up in {time.monotonic() - began:.0f} s", flush=True)
         kernel = max((name for name in counts if "Embedding" not in name), key=lambda name: counts[name])
         name = MODEL if args.layers == _LLAMA["num_hidden_layers"] else f"{MODEL}, {args.layers} layers"
+        head = {"engine": "vllm", "version": vllm.__version__, "model": name, "quantization": args.case}
+        head |= {"kernel": kernel, "tp": args.tp, "mode": args.mode}
         _measure(llm, 1, 64, 4, 1)
-        points = [(batch, args.prompt, args.output) for batch in args.batches]
-        # The long prompt before the largest batch, which takes the longest.
-        points.insert(max(len(points) - 1, 1), (1, args.long_prompt, 0))
-        for batch, prompt, output in points:
-            _measure(llm, batch, prompt, min(output, 2), 1)
+        for batch, prompt, output in points(args):
+            # Prompts of all lengths are computed in pieces of one size; only the first of that size is slow.
+            _measure(llm, batch, min(prompt, _MAX_LENGTH // batch), min(output, 2), 1)
             ms, prefill = _measure(llm, batch, prompt, output, args.repetitions)
-            row = {"engine": "vllm", "version": vllm.__version__, "model": name, "quantization": args.case}
-            row |= {"kernel": kernel, "tp": args.tp, "batch": batch, "prompt": prompt, "output": output}
+            row = {**head, "batch": batch, "prompt": prompt, "output": output}
             row |= {"ms_per_output_token": ms, "prefill_tokens_per_s": prefill}
             print(f"ROW {json.dumps(row)}", flush=True)
+        # Last, since a profiler stays in the process.
+        for batch in _PROFILED_BATCHES if args.profile and args.tp == 1 else ():
+            if batch in args.batches:
+                found = serving_profile.profile(llm, batch, _LLAMA["vocab_size"])
+                print(f"PROFILE {json.dumps({**head, **found})}", flush=True)
 
 
-def case_environment(case: str, entry_points: str, tp: int) -> dict[str, str]:
-    """Environment of one engine. The plugin is loaded where it is measured, and nowhere else."""
-    paths = [entry_points, str(records.ROOT / "src"), str(records.ROOT), os.environ.get("PYTHONPATH", "")]
-    plugin = {"VLLM_PLUGINS": "sparse_marlin" if "marlin" in case else ""}
-    dense = {"MARLIN_VLLM_DENSE": "1"} if case.endswith("marlin kernel") else {}
-    single = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if tp == 1 else {}
-    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **_ENVIRONMENT, **plugin, **dense, **single, **own}
-
-
-def write_entry_points(directory: pathlib.Path) -> None:
-    """Metadata by which vLLM finds the plugin of a checkout that is not installed."""
-    info = directory / "sparse_marlin-0.0.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sparse-marlin\nVersion: 0.0.0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nsparse_marlin = marlin.integrations.vllm:plugin\n")
-
-
-def rows_of(case: str, args: argparse.Namespace, limit: float) -> Iterator[dict[str, Any]]:
-    """Rows of one engine's process as they are measured; it is ended after `limit` seconds."""
-    with tempfile.TemporaryDirectory() as directory:
-        write_entry_points(pathlib.Path(directory))
-        words = [sys.executable, "-m", "benchmarks.serving", "--case", case, *args.words]
-        process = subprocess.Popen(
-            words,
-            cwd=records.ROOT,
-            env=case_environment(case, directory, args.tp),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        timer = threading.Timer(max(limit, 1.0), process.kill)
-        timer.start()
-        assert process.stdout is not None
-        tail: collections.deque[str] = collections.deque(maxlen=40)
-        for line in process.stdout:
-            tail.append(line)
-            if line.startswith("ROW "):
-                yield json.loads(line[4:])
-            elif line.startswith(case):
-                print(line, end="", flush=True)
-        timer.cancel()
-        if process.wait():
-            print(f"{case}: ended with status {process.returncode}\n{''.join(tail)}", flush=True)
+def points(args: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """(batch, prompt, output) of every row; output 0 where only the prompt is measured."""
+    found = [(batch, args.prompt, args.output) for batch in args.batches]
+    # The long prompt before the largest batch, which takes the longest.
+    found.insert(max(len(found) - 1, 1), (1, args.long_prompt, 0))
+    return found
 
 
 def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """new, plus the rows of old at points that new did not measure, where GPU, driver and kernels are the same."""
-    same = ("gpu", "driver", "torch", "kernel_hash", "settings")
-    if old is None or any(old.get(name) != new[name] for name in same):
+    """new, plus what old has of points that new did not measure, where GPU, driver and torch are the same.
+
+    Of other kernels of ours than new's, only what runs without them is kept.
+    """
+    same = ("gpu", "driver", "torch")
+    if old is None or any(old.get(name) != new[name] for name in same) or _settings(old) != _settings(new):
         return new
-    key = lambda row: tuple(row[name] for name in ("model", "version", *_FIELDS))  # noqa: E731
-    measured = {key(row) for row in new["rows"]}
-    return {**new, "rows": [row for row in old["rows"] if key(row) not in measured] + new["rows"]}
+    kernels, kept = old.get("kernel_hash") == new["kernel_hash"], {}
+    for part, names in (("profiles", _PROFILE_FIELDS), ("rows", _FIELDS)):
+        measured = {_key(row, new, names) for row in new[part]}
+        rows = [row for row in old.get(part, []) if kernels or "marlin" not in row["quantization"]]
+        kept[part] = [row for row in rows if _key(row, old, names) not in measured] + new[part]
+    return {**new, **kept}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: a line for each point, ms per output token and prefill rate of each quantization."""
-    kinds = [kind for kind in QUANTIZATIONS if any(row["quantization"] == kind for row in rows)]
-    header = ["batch, prompt", *(f"{kind}, ms" for kind in kinds), *(f"{kind}, prompt tokens/s" for kind in kinds)]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for point in dict.fromkeys((row["batch"], row["prompt"]) for row in rows):
-        found = {row["quantization"]: row for row in rows if (row["batch"], row["prompt"]) == point}
-        times = [found[kind]["ms_per_output_token"] if kind in found else None for kind in kinds]
-        rates = [found[kind]["prefill_tokens_per_s"] if kind in found else None for kind in kinds]
-        cells = ["-" if one is None else f"{one:.2f}" for one in times]
-        cells += ["-" if one is None else f"{one:.0f}" for one in rates]
-        lines.append([f"{point[0]}, {point[1]}", *cells])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record["settings"].items() if name != "mode"}
+
+
+def _key(row: dict[str, Any], record: dict[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
+    # Why: records before rows had a mode say it once for all of them.
+    return (row.get("mode", record["settings"].get("mode", "none")), *(row[name] for name in names))
 
 
 def _ints(text: str) -> list[int]:
@@ -268,6 +248,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--cases", default=";".join(QUANTIZATIONS), help="quantizations, separated by semicolons")
     parser.add_argument("--seconds", type=float, default=1800.0, help="for all engines together")
+    parser.add_argument("--log", help="file for everything that the engines print")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     own = parser.add_argument_group("engine")
     own.add_argument("--batches", type=_ints, default=[1, 16, 64, 256])
@@ -275,13 +256,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         own.add_argument(f"--{name}", type=int, default=default)
     own.add_argument("--repetitions", type=int, default=2)
     own.add_argument("--tp", type=int, default=1)
-    own.add_argument("--memory", type=float, default=0.6, help="share of the GPU's memory that vLLM takes")
     own.add_argument("--mode", choices=("none", "compile"), default="none", help="vLLM's compilation mode")
+    own.add_argument("--profile", action="store_true", help="GPU time of a decode step by kernel, at the end")
     own.add_argument("--attention", default="", help="vLLM's attention backend, e.g. FLASH_ATTN")
     args = parser.parse_args(argv)
-    names = ("layers", "prompt", "output", "long_prompt", "repetitions", "tp", "memory", "mode", "attention")
+    names = ("layers", "prompt", "output", "long_prompt", "repetitions", "tp", "mode", "attention")
     args.words = [f"--batches={','.join(map(str, args.batches))}"]
     args.words += [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    args.words += ["--profile"] if args.profile else []
     return args
 
 
@@ -294,23 +276,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks import machine
 
     facts = machine.facts()
-    settings = {"mode": args.mode, "group_size": GROUP_SIZE, "repetitions": args.repetitions}
-    new: dict[str, Any] = {**facts, "kernel_hash": records.kernel_hash(), "settings": settings, "rows": []}
+    settings = {"group_size": GROUP_SIZE, "repetitions": args.repetitions}
+    new: dict[str, Any] = {**facts, "kernel_hash": records.kernel_hash(), "settings": settings}
+    new |= {"profiles": [], "rows": []}
     name = f"serving-{machine.slug(facts['gpu'])}.json"
     folders = [records.RECORDS, *(pathlib.Path(folder) for folder in [os.environ.get("OUT")] if folder)]
-    old, end = records.read(records.RECORDS / name), time.monotonic() + args.seconds
-    complete = True
-    for case in args.cases.split(";"):
-        count = 0
-        for row in rows_of(case, args, end - time.monotonic()):
-            count += 1
-            new["rows"].append(row)
-            print(json.dumps(row), flush=True)
-            for folder in folders:
-                records.write(folder / name, merge(old, new))
-        complete &= count == len(args.batches) + 1
-    print(table(new["rows"]))
-    return 0 if complete else 1
+    old, cases = records.read(records.RECORDS / name), args.cases.split(";")
+    for kind, found in engines.measure_all(cases, args):
+        new["rows" if kind == "ROW" else "profiles"].append(found)
+        if kind == "ROW":
+            print(f"{kind} {json.dumps(found)}", flush=True)
+        for folder in folders:
+            records.write(folder / name, merge(old, new))
+    print(serving_tables.render(new))
+    return 0 if len(new["rows"]) == len(cases) * len(points(args)) else 1
 
 
 if __name__ == "__main__":

@@ -35,24 +35,28 @@ class Room:
 ANY = ("*",)
 ROOMS = {
     "errors": Room(),
+    "settings": Room(("errors",)),
     "formats": Room(("errors",), ("torch", "numpy", "safetensors")),
     "compress": Room(("errors", "formats"), ("torch", "safetensors"), except_ours=("formats.layouts",)),
     "evaluate": Room(("errors",), ("torch",)),
     "kernels": Room(),
     "runtime": Room(("errors",), ("cuda",)),
-    "ops": Room(("errors", "formats", "runtime"), ("torch",)),
+    "ops": Room(("errors", "settings", "formats", "runtime"), ("torch",)),
     "nn": Room(("errors", "formats", "ops"), ("torch",)),
     "compat": Room(("errors", "formats", "ops"), ("torch",)),
     "_semi_structured_conversions": Room(("errors", "formats"), ("torch",)),
     "integrations": Room(("errors",)),
-    "integrations.vllm": Room(("errors", "formats", "ops"), ("torch", "vllm")),
+    "integrations.vllm": Room(("errors", "settings", "formats", "ops"), ("torch", "vllm")),
     "integrations.peft": Room(("errors", "nn"), ("torch", "peft")),
-    "integrations.transformers": Room(("errors", "formats", "nn", "integrations.peft"), ("torch", "transformers")),
+    "integrations.transformers": Room(
+        ("errors", "formats", "nn", "ops", "integrations.peft"), ("torch", "transformers")
+    ),
     # The public verbs, which put rooms together.
     "api": Room(
         ("errors", "formats", "compress", "nn", "integrations.transformers"), ("torch", "safetensors", "transformers")
     ),
     "convert": Room(("errors", "formats", "nn", "api"), ("torch", "safetensors")),
+    "streaming": Room(("errors", "formats", "compress", "api"), ("torch", "safetensors", "transformers")),
     "testing": Room(("errors", "formats"), ("torch", "numpy"), except_ours=("formats.layouts",)),
     "cli": Room(ANY, ("torch", "transformers", "typer", "rich", "benchmarks")),
     "demo": Room(ANY, ("torch", "transformers", "rich")),
@@ -60,7 +64,7 @@ ROOMS = {
 }
 
 # Beside src/: measures what users call, and must not know how weights are compressed; quality.py measures just that.
-BENCHMARKS = ("errors", "formats", "ops", "nn", "runtime", "testing")
+BENCHMARKS = ("errors", "settings", "formats", "ops", "nn", "runtime", "testing")
 QUALITY = (*BENCHMARKS, "", "compress", "evaluate", "demo", "api")
 
 # Imported inside functions only, so that nothing pays for what it does not use. (A room of its own framework is itself

@@ -29,6 +29,7 @@ from benchmarks import (
     traffic,
 )
 from benchmarks.candidates import AbsentError, Setting
+from marlin import settings
 from marlin.runtime import all_configs
 
 # The shapes, batch sizes and fields that the targets are stated in, written out a second time.
@@ -556,6 +557,44 @@ def test_gemm_rows_satisfy_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+def test_gemm_measures_batch_invariant_mode_at_the_points_of_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def build(setting: Setting) -> candidates.Prepared:
+        one = candidates.marlin("w4a16_sp24", batch_invariant=True)(setting)
+
+        def call(i: int, act: torch.Tensor, out: torch.Tensor) -> object:
+            result = one.call(i, act, out)
+            seen.append(settings.batch_invariant())
+            return result
+
+        return dataclasses.replace(one, call=call)
+
+    names = {"cublas": candidates.cublas, gemm.INVARIANT: build}
+    assert {row["impl"] for row in run_on_cpu(monkeypatch, names).rows} == {"cublas"}
+    monkeypatch.setattr(gemm, "_INVARIANT_AT", {"float16": (((64, 128),), (17,))})
+    run = run_on_cpu(monkeypatch, names)
+    found = [(row["impl"], row["op"], row["m"]) for row in run.rows if row["impl"] != "cublas"]
+    assert found == [(*rows.INVARIANT, 17)] and not run.faults
+    assert seen and not any(seen), "the mode ends with the call"
+
+
+def test_candidates_batch_invariant_check_sees_a_row_that_depends_on_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = cpu_setting()
+    one, right = candidates.marlin("w4a16_sp24", batch_invariant=True)(setting), candidates.ops.linear_out
+
+    def depends(act: torch.Tensor, packed: Any, out: torch.Tensor) -> torch.Tensor:
+        right(act, packed, out)
+        out[-1, 3] *= 1 + 2**-10 * (act.shape[0] > 1)
+        return out
+
+    assert one.check is not None
+    one.check(setting.random_act(3), torch.empty(3, 64, dtype=torch.float16))
+    monkeypatch.setattr(candidates.ops, "linear_out", depends)
+    with pytest.raises(AssertionError, match="a row alone differs from the same row in a batch"):
+        one.check(setting.random_act(3), torch.empty(3, 64, dtype=torch.float16))
+
+
 def test_gemm_missing_peer_is_absent_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -626,6 +665,19 @@ def fake_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, failing:
     return ran
 
 
+def test_report_host_table_has_a_column_for_each_mode(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "RECORDS", tmp_path)
+    monkeypatch.setattr(report.records.read_all, "__defaults__", (tmp_path,))
+    assert report.TABLES["host"]() == "No record yet. Measure with `marlin bench host`."
+    one = {"impl": "marlin", "call": "SparseLinear", "us": 9.14, "p10": 9.0, "p90": 10.0}
+    found = [{**one, "mode": "no_grad"}, {**one, "mode": "inference_mode", "us": 8.0}]
+    head = {"gpu": "G", "torch": "2", "python": "3", "date": "today"}
+    records.write(tmp_path / "host-g.json", {**head, "rows": found})
+    text = report.TABLES["host"]()
+    assert text.startswith("G, torch 2, Python 3, today. Microseconds.")
+    assert "| call | of | no_grad | inference_mode |" in text and "| SparseLinear | marlin | 9.1 | 8.0 |" in text
+
+
 def test_gpu_measures_only_when_tests_pass(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -635,9 +687,9 @@ def test_gpu_measures_only_when_tests_pass(
     assert ran == ["compile", "tests"]
     assert "gemm      skipped" in capsys.readouterr().out
     assert gpu.main(["--keep-going"]) == 1
-    assert ran[2:] == ["compile", "tests", "ceilings", "gemm", "report"]
+    assert ran[2:] == ["compile", "tests", "ceilings", "host", "gemm", "report"]
     assert gpu.main(["--keep-going", "--also", "decode,sustained"]) == 1
-    assert ran[7:] == list(gpu.STEPS)
+    assert ran[8:] == list(gpu.STEPS)
 
 
 def test_gpu_copies_records_and_logs_to_out(

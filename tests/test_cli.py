@@ -336,6 +336,14 @@ def test_kernels_emit_writes_one_file_that_includes_nothing_of_ours(tmp_path: Pa
     assert error_of("kernels", "emit", "nope").startswith("error: kernels emit: NAME must be one of ")
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_kernels_explain_says_when_batch_invariant_mode_is_on(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+    monkeypatch.setattr("marlin.settings._batch_invariant", on)
+    output = run("kernels", "explain", "300", "4096", "4096", "--gpu", "h100", "--all").output
+    assert ("batch-invariant mode (MARLIN_BATCH_INVARIANT=1)" in output) is on
+    assert ("adds along K in another order" in " ".join(output.split())) is on
+
+
 def test_kernels_explain_marks_the_cheapest_as_chosen() -> None:
     arguments = ("kernels", "explain", "16", "4096", "4096", "--gpu", "h100")
     report = json.loads(run(*arguments, "--json").stdout)

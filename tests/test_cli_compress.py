@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,43 @@ def test_compress_recovers_saves_what_it_measured_and_resumes(material: tuple[Pa
     trained = summary["recovery"]
     assert summary["layers"] == {"w4a16_sp24": 14} and trained["steps"] > 0
     assert trained["divergence"] <= trained["divergence_before"]
-    assert result.stderr.startswith("--recover without a GPU: about ") and "steps of 2 x 32 tokens" in result.stderr
+    assert result.stderr.startswith("recovery without a GPU: about ") and "steps of 2 x 32 tokens" in result.stderr
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "| recovery, divergence |" in card and (tmp_path / "resume" / "recovery" / "state.safetensors").is_file()
     again = json.loads(compress(material, tmp_path / "again", *more).stdout)
     assert again["recovery"]["divergence"] == trained["divergence"]
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
     assert a == b
+
+
+def test_recover_trains_a_directory_and_keeps_what_is_known_of_it(material: tuple[Path, Path], tmp_path: Path) -> None:
+    dense, text = material
+    compress(material, tmp_path / "out")
+    more = ("--minutes", "0.02", "-c", str(text), "--device", "cpu", "--resume-dir", str(tmp_path / "resume"))
+    result = run("recover", str(tmp_path / "out"), str(dense), str(tmp_path / "better"), *more, "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert set(summary) == {"output", "calibration", "recovery"}
+    first, second = (json.loads((tmp_path / n / "compression_report.json").read_text()) for n in ("out", "better"))
+    assert second["layers"] == first["layers"] and second["recipe"] == first["recipe"]
+    assert second["numbers"]["recovery, divergence"] == summary["recovery"]["divergence"]
+    assert api.load(tmp_path / "better").config.quantization_config.layers.keys() == {
+        r["name"] for r in first["layers"]
+    }
+    again = run("recover", str(tmp_path / "out"), str(dense), str(tmp_path / "better"), *more)
+    assert again.exit_code == 0 and "recovered in " in again.stdout and "Next: marlin eval" in again.stderr
+
+
+def test_recover_refuses_what_is_not_what_it_should_be(material: tuple[Path, Path], tmp_path: Path) -> None:
+    dense, text = str(material[0]), str(material[1])
+    compress(material, tmp_path / "out")
+    ours = str(tmp_path / "out")
+    found = error_of("recover", dense, dense, str(tmp_path / "x"), "-c", text)
+    assert found == f"error: recover: the first directory must be compressed; got {dense}."
+    found = error_of("recover", ours, ours, str(tmp_path / "x"), "-c", text)
+    assert found == f"error: recover: the second directory must be dense; got {ours}."
+    found = error_of("recover", ours, dense, str(tmp_path / "x"), "-c", text, "--minutes", "0")
+    assert found == "error: recover: --minutes must be above 0; got 0.0."
 
 
 def test_recover_of_a_loaded_model_changes_codes_but_not_masks(material: tuple[Path, Path], tmp_path: Path) -> None:
@@ -72,7 +103,7 @@ def test_recover_of_a_loaded_model_changes_codes_but_not_masks(material: tuple[P
     model = api.load(tmp_path / "out", dtype=torch.float32)
     before = {name: layer.to_weight() for name, layer in nn.sparse_linears(model)}
     teacher = AutoModelForCausalLM.from_pretrained(material[0])
-    given = recovery.settings(0.02, torch.device("cpu"), 0, None)
+    given = replace(recovery.settings(1.0, torch.device("cpu"), 0, None), minutes=None, steps=30, generated_tokens=0)
     report = api.recover(model, teacher, TEXT, tokenizer=_tokenizer(), recovery=given)
     after = {name: layer.to_weight() for name, layer in nn.sparse_linears(model)}
     assert report["steps"] > 0 and after.keys() == before.keys()

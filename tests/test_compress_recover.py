@@ -13,7 +13,8 @@ from marlin.compress import LayerRecipe, Options, Recipe, Recovery, RecoveryWarn
 from marlin.compress.distill import Distance, logits_kl
 from marlin.compress.latent import LatentLinear
 from marlin.compress.recipe import PLAIN
-from marlin.compress.texts import Batches, sample, split_held_out
+from marlin.compress.sampling import FREE, sample
+from marlin.compress.texts import Batches, prompts, split_held_out
 from marlin.errors import CheckpointError
 from marlin.formats import CompressedWeight, DenseInt4Weight
 
@@ -73,7 +74,7 @@ def test_recover_lowers_the_divergence_and_leaves_what_it_returns(name: str) -> 
     before = float(Distance(model, dense, None)(held_out).detach())
     masks = {key: weight.mask() for key, weight in weights.items() if isinstance(weight, CompressedWeight)}
     rate = 5e-4 if name == "dense" else 3e-3
-    result = recover(model, dense, weights, stream(), recovery=Recovery(steps=40, **{**QUICK, "learning_rate": rate}))
+    result = recover(model, dense, weights, stream(), recovery=Recovery(steps=60, **{**QUICK, "learning_rate": rate}))
     after = float(Distance(model, dense, None)(held_out).detach())
     assert after < 0.97 * before
     assert result.report["divergence_before"] == pytest.approx(before, rel=1e-4)
@@ -204,6 +205,38 @@ def test_sample_draws_from_the_models_distribution_and_repeats() -> None:
         wanted = dense(torch.zeros(1, 1, dtype=torch.int64)).logits[0, -1].softmax(-1)
     found = torch.bincount(ids[:, 1], minlength=VOCAB) / 400
     assert float((found - wanted).abs().max()) < 5 * float((wanted * (1 - wanted) / 400).sqrt().max())
+
+
+def test_sample_in_place_draws_what_the_models_own_cache_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny()
+    before = dense.config._attn_implementation
+    beginnings = torch.tensor([[1, 2, 3], [4, FREE, FREE], [5, 6, FREE]])
+    ids = sample(dense, beginnings, 24, seed=3)
+    assert dense.config._attn_implementation == before
+    assert ids.shape == (3, 24) and ids[0, :3].tolist() == [1, 2, 3] and ids[2, :2].tolist() == [5, 6]
+    monkeypatch.setattr(type(dense), "_supports_attention_backend", False)
+    assert torch.equal(ids, sample(dense, beginnings, 24, seed=3))
+
+
+def test_sample_begins_anew_after_an_end() -> None:
+    dense = tiny()
+    beginnings = torch.zeros(300, 1, dtype=torch.int64)
+    dense.generation_config.eos_token_id = [0, 7]
+    ids = sample(dense, beginnings, 2, seed=3)
+    found = torch.bincount(ids[:, 1], minlength=VOCAB) / 300
+    assert float((found - 1 / VOCAB).abs().max()) < 5 * (1 / VOCAB / 300) ** 0.5
+
+
+def test_prompts_are_pieces_of_text_and_single_tokens() -> None:
+    text = torch.arange(1000, 2000)
+    rows = prompts(text, VOCAB, 400, 0, seed=0, begin=5000)
+    assert torch.equal(rows, prompts(text, VOCAB, 400, 0, seed=0, begin=5000))
+    assert not torch.equal(rows, prompts(text, VOCAB, 400, 1, seed=0, begin=5000))
+    pieces, single = rows[rows[:, 1] != FREE], rows[rows[:, 1] == FREE]
+    assert bool((pieces.diff(dim=1) == 1).all()) and 0.3 < len(pieces) / 400 < 0.45
+    assert bool((single[:, 1:] == FREE).all())
+    begun = single[:, 0] == 5000
+    assert 0.08 < int(begun.sum()) / 400 < 0.17 and int(single[~begun, 0].max()) < VOCAB
 
 
 def test_batches_draw_each_stream_by_its_share_and_repeat() -> None:

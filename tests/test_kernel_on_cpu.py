@@ -72,7 +72,9 @@ _VARIANTS = [
     (4, "w4a16_dense", torch.bfloat16, -1),
     (5, "w4a16_sp24", torch.bfloat16, -1),
     (6, "w4a16_dense", torch.float16, 32),
-    (7, "w4a16_sp24", torch.float16, 128),
+    (7, "w4a16_dense", torch.bfloat16, 64),
+    (8, "w4a16_sp24", torch.float16, 128),
+    (8, "w4a16_dense", torch.float16, -1),
 ]
 
 
@@ -115,6 +117,19 @@ def test_kernel_text_returns_the_weight_for_one_hot_activations(folder: Path) ->
     assert torch.equal(out, weight.to_dense(torch.float16).T)
 
 
+def _assert_fault_shows(config: TileConfig, fault: Fault, folder: Path) -> None:
+    kind = "w4a16_sp24"
+    library = _built(config, kind, torch.float16, 64, folder, fault)
+    weight = random_weight(136, 1024, 64, kind, dtype=torch.float16, seed=5)
+    m = config.block_m + 4
+    act = torch.randn(m, 1024, generator=torch.Generator().manual_seed(5)).half()
+    space = torch.full((2 * m, 136), 7.0, dtype=torch.float16)
+    with pytest.raises(AssertionError):
+        out, tickets = _run(library, config, act, weight, None, 5, space)
+        tolerance.check(out, act, weight)
+        assert not tickets.any() and bool((space[m:] == 7).all())
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -126,14 +141,20 @@ def test_kernel_text_returns_the_weight_for_one_hot_activations(folder: Path) ->
     ],
     ids=["wait", "barrier", "sum-start", "tail", "ticket"],
 )
-def test_host_build_shows_planted_faults(fault: tuple[str, str], folder: Path) -> None:
-    config, kind = all_configs("w4a16_sp24")[1], "w4a16_sp24"
-    library = _built(config, kind, torch.float16, 64, folder, fault)
-    weight = random_weight(136, 1024, 64, kind, dtype=torch.float16, seed=5)
-    m = 20
-    act = torch.randn(m, 1024, generator=torch.Generator().manual_seed(5)).half()
-    space = torch.full((2 * m, 136), 7.0, dtype=torch.float16)
-    with pytest.raises(AssertionError):
-        out, tickets = _run(library, config, act, weight, None, 5, space)
-        tolerance.check(out, act, weight)
-        assert not tickets.any() and bool((space[m:] == 7).all())
+def test_host_build_shows_planted_faults(fault: Fault, folder: Path) -> None:
+    _assert_fault_shows(all_configs("w4a16_sp24")[1], fault, folder)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ("                cp_async_wait<T::STAGES - 3>();", ""),
+        ("                __syncthreads();\n                copy_next", "                copy_next"),
+        ("buffer == 0 ? T::STAGES - 1 : buffer - 1", "buffer"),
+        ("fetch_codes(next, th);", "fetch_codes(stage, th);"),
+        ("meta[f][0] = next_meta[f][0];", ";"),
+    ],
+    ids=["wait", "barrier", "buffer", "codes", "meta"],
+)
+def test_host_build_of_many_tokens_shows_planted_faults(fault: Fault, folder: Path) -> None:
+    _assert_fault_shows(all_configs("w4a16_sp24")[6], fault, folder)

@@ -142,32 +142,48 @@ def test_hopper_kernel_text_gives_the_same_bits_in_any_order(cluster: int, folde
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-# A kernel text to find, and what to put there: some orders of threads show it.
+# A cluster and a token tile, a kernel text to find, and what to put there: some orders of threads show it.
 _FAULTS = {
-    "full": ("    mbarrier_wait(barriers.full(stage), parity);\n                        fetch", "    fetch"),
-    "release": (
+    "weights": (
+        (0, 32),
+        "        mbarrier_wait(barriers().weights(at.stage), at.parity);\n        Packed",
+        "        Packed",
+    ),
+    "tokens": ((0, 32), "mbarrier_wait(barriers().tokens(tokens.stage), tokens.parity);", ""),
+    "fragments": ((0, 32), "wgmma_wait<1>();  // products of the chunk before", ""),
+    "release": ((0, 32), "if (left < length) release(tokens.before());", "if (left > 1) release(tokens.stage);"),
+    "in turn: weights": (
+        (1, 8),
+        "    mbarrier_wait(barriers().weights(at.stage), at.parity);\n                    fetch",
+        "    fetch",
+    ),
+    "in turn: tokens": ((1, 8), "mbarrier_wait(barriers().tokens(at.stage), at.parity);", ""),
+    "in turn: release": (
+        (1, 8),
         "if (!T::kDrain && i == 0 && left < length) release(before);",
         "if (!T::kDrain && i + 1 == kUnits && left > 1) release(current);",
     ),
-    "meta": ("wgmma_wait<1>();", "fetch_meta(frag[(i + 1) % 2], buffer, unit((i + 1) % kUnits)); wgmma_wait<1>();"),
-    "expect": (
-        "mbarrier_arrive_expect(barrier, T::kFilledBytes);",
-        "mbarrier_arrive_expect(barrier, T::kFilledBytes - 128);",
+    "in turn: meta": (
+        (1, 8),
+        "wgmma_wait<1>();  // products of the unit",
+        "fetch_meta(frag[(i + 1) % 2], buffer, unit((i + 1) % kUnits)); wgmma_wait<1>();  //",
     ),
-    "previous": ("wait_for_previous_kernel();\n        at = Segment{};", "at = Segment{};"),
-    "parts": ("if constexpr (T::kPartsInRing) sync_cluster();", ""),
-    "scratch": ("sync_threads<128 * T::WGS_N>(kBarrierFinishers);  // before", "//"),
+    "expect": ((0, 32), "T::kFilledBytes - T::kActBytes);", "T::kFilledBytes - T::kActBytes - 128);"),
+    "previous": ((0, 32), "wait_for_previous_kernel();\n        at = Segment{};", "at = Segment{};"),
+    "parts": ((2, 128), "if constexpr (T::kPartsInRing) sync_cluster();", ""),
+    "scratch": ((0, 32), "sync_threads<128 * T::WGS_N>(kBarrierFinishers);  // before", "//"),
 }
 
 
-@pytest.mark.parametrize("fault", _FAULTS)
-def test_host_build_shows_planted_faults_of_the_hopper_kernel(fault: str, folder: Path) -> None:
-    config = _config(2, 128) if fault == "parts" else _config(0, 32)
+@pytest.mark.parametrize("name", _FAULTS)
+def test_host_build_shows_planted_faults_of_the_hopper_kernel(name: str, folder: Path) -> None:
+    place, *fault = _FAULTS[name]
+    config = _config(*place)
     variant = Variant("w4a16_sp24", "float16", 64, config)
     m, n, k = config.block_m - 3, 4 * config.block_n - 56, 8 * config.block_k - 64
     weight = random_weight(n, k, 64, variant.kind, dtype=torch.float16, seed=5)
     act = _random_act(m, k, torch.float16, 5)
-    built(variant, folder, _FAULTS[fault])
+    built(variant, folder, tuple(fault))
     with pytest.raises(AssertionError):
         for seed in range(12):
-            tolerance.check(_run(variant, act, weight, None, seed, folder, _FAULTS[fault]), act, weight)
+            tolerance.check(_run(variant, act, weight, None, seed, folder, tuple(fault)), act, weight)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from marlin import ops
+from marlin import ops, settings
 from marlin.formats import CompressedWeight, DenseInt4Weight, group_scales, quantize, top2_mask
 from marlin.formats.layouts import PackedWeight, pack, unpack
 
@@ -401,3 +401,21 @@ def test_import_registers_the_operators_and_starts_nothing():
         "assert not loaded, loaded; assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_batch_invariant_mode_gives_rows_the_same_bits_whatever_the_others(monkeypatch, dtype):
+    monkeypatch.setattr(settings, "_batch_invariant", True)
+    packed = make_packed("w4a16_sp24", 200, 576, 64)
+    act = torch.randn(33, 576).to(dtype)
+    bias = torch.randn(200).to(dtype)
+    expected = ops.linear(act, packed, bias)
+    assert torch.allclose(expected.double(), act.double() @ dense64(packed).T + bias.double(), rtol=2e-3, atol=2e-3)
+    for m in (1, 2, 16, 33):
+        assert torch.equal(ops.linear(act[:m], packed, bias), expected[:m])
+        rows = torch.randperm(33)[:m]
+        assert torch.equal(ops.linear(act[rows], packed, bias), expected[rows])
+    assert ops.linear(act[:0], packed).shape == (0, 200)
+    assert torch.equal(ops.linear(act.view(3, 11, 576), packed, bias).view(33, 200), expected)
+    shifted = torch.cat([act[0, :1], act.flatten()])[1:].view_as(act)
+    assert torch.equal(ops.linear(shifted, packed, bias), expected)

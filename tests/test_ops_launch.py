@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from marlin import ops, runtime
+from marlin import ops, runtime, settings
 from marlin.formats.layouts import TILE_WORDS, PackedWeight, pack
 from marlin.ops import cuda, scratch
 from marlin.testing.cases import random_weight
@@ -42,7 +45,7 @@ class FakeRuntime:
         return FakePlan(problem, self.workspace_bytes, self.num_tickets)
 
     def launch(self, plan: FakePlan, **at: Any) -> None:
-        self.launches.append({"m": plan.problem.m, **at})
+        self.launches.append({"m": plan.problem.m, "batch_invariant": plan.problem.batch_invariant, **at})
         p = plan.problem
         dtype = getattr(torch, p.dtype)
         tiles = (-(-p.n // 64), -(-p.k // 64))
@@ -79,8 +82,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     monkeypatch.setattr(runtime, "launch", stand_in.launch)
     monkeypatch.setattr(cuda, "_raw_stream", lambda index: 5)
     monkeypatch.setattr(cuda, "_capture_id", lambda stream: 0)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(cuda, "_current_device", lambda: -1)
+    monkeypatch.setattr(cuda, "_empty", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
     monkeypatch.setattr(cuda, "_calls", {})
+    monkeypatch.setattr(cuda, "_weights", {})
     for name in ("_of_stream", "_of_capture", "_arenas"):
         monkeypatch.setattr(scratch, name, {})
     return stand_in
@@ -164,6 +169,13 @@ def test_checks_and_plans_are_remembered_per_signature(fake, monkeypatch):
     assert len(cuda._calls) == 1
 
 
+def test_later_calls_of_a_weight_check_nothing_again(fake, monkeypatch):
+    packed, acts = make(), [torch.randn(5, 96).half() for _ in range(2)]
+    run(packed, acts[0])
+    monkeypatch.setattr(cuda, "_remember", None)
+    assert torch.equal(run(packed, acts[1]), ops.linear(acts[1], packed))
+
+
 def test_remembered_signatures_do_not_excuse_other_tensors(fake):
     packed, act = make(), torch.randn(5, 96).half()
     run(packed, act)
@@ -172,6 +184,66 @@ def test_remembered_signatures_do_not_excuse_other_tensors(fake):
         run(wrong, act)
     with pytest.raises(TypeError, match="act and scales must have the same dtype"):
         run(packed, act.bfloat16())
+    with pytest.raises(ValueError, match="scales must have shape"):
+        cuda.linear(packed.kind, act, (packed.codes, packed.meta, packed.scales, None), 72, -1)
+
+
+@pytest.mark.parametrize("name", ["codes", "meta", "scales"])
+def test_remembered_weights_see_memory_that_was_exchanged(fake, name):
+    packed, other, act = make(), pack(random_weight(72, 96, 32, seed=1)), torch.randn(5, 96).half()
+    run(packed, act)
+    getattr(packed, name).data = getattr(other, name)
+    assert torch.equal(run(packed, act), ops.linear(act, packed))
+    assert fake.launches[-1][name] == getattr(other, name).data_ptr()
+
+
+def test_remembered_weights_take_another_bias_each_time(fake):
+    packed, act = make(), torch.randn(5, 96).half()
+    odd = torch.randn(73).half()[1:]  # not on 16 bytes: copied for every call
+    for bias in (torch.randn(72).half(), torch.randn(72).half(), None, odd, odd.neg_()):
+        assert torch.equal(run(packed, act, bias), ops.linear(act, packed, bias))
+
+
+def test_weights_are_forgotten_with_their_tensors(fake):
+    packed, act = make(), torch.randn(5, 96).half()
+    run(packed, act)
+    assert len(cuda._weights) == 1
+    del packed
+    gc.collect()
+    assert not cuda._weights
+
+
+def test_batch_invariant_mode_is_planned_for_and_remembered_apart(fake, monkeypatch):
+    packed, act = make(), torch.randn(5, 96).half()
+    for on in (False, True, False, True):
+        monkeypatch.setattr(settings, "_batch_invariant", on)
+        run(packed, act)
+        assert fake.launches[-1]["batch_invariant"] is on
+    assert fake.plans == 2
+
+
+class _Counting(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class _Watching(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_only_plain_calls_pass_by_the_dispatcher():
+    act, seen = torch.randn(2, 96), []
+    assert ops._is_plain(act)
+    for mode in (_Counting, _Watching, torch.profiler.profile, lambda: torch.device("cpu")):
+        with mode():
+            seen.append(ops._is_plain(act))
+    torch.func.vmap(lambda row: (seen.append(ops._is_plain(row)), row)[1])(act)
+    torch.jit.trace(lambda row: (seen.append(ops._is_plain(row)), row + 1)[1], (act,), check_trace=False)
+    seen.append(ops._is_plain(torch.nn.Parameter(act)))
+    seen.append(ops._is_plain(torch._neg_view(act)))
+    assert seen and not any(seen)
+    assert ops._is_plain(act)
 
 
 def test_packed_tensors_must_be_contiguous_and_aligned(fake):

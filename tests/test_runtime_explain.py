@@ -63,6 +63,7 @@ def test_explain_as_a_dictionary_has_one_chosen_line() -> None:
         "group_size": 128,
         "dtype": "float16",
         "kind": "w4a16_sp24",
+        "batch_invariant": False,
     }
 
 

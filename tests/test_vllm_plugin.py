@@ -31,7 +31,8 @@ except ImportError as error:
 
 import vllm.model_executor.parameter as parameter_module
 
-from marlin.errors import CheckpointError, UnsupportedError
+from marlin import settings
+from marlin.errors import CheckpointError
 from marlin.formats import CompressedWeight, Weight
 from marlin.formats.checkpoint import LayerSpec, describe
 from marlin.formats.layouts import pack
@@ -330,10 +331,20 @@ def test_tensors_of_another_shape_or_dtype_are_refused():
         load(layer, {"codes": tensors["codes"].float()})
 
 
-def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_batch_invariant_mode_of_vllm_switches_ours_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(settings, "_batch_invariant", False)
+    register()
+    assert not settings.batch_invariant()
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    with pytest.raises(UnsupportedError, match="VLLM_BATCH_INVARIANT=1"):
-        linear.RowParallelLinear(K, 64, quant_config=our_config({"o_proj": weight(64)}), prefix="o_proj")
+    register()
+    assert settings.batch_invariant()
+    config, dtype = our_config({"o": weight(64)}), torch.float16
+    layer = linear.RowParallelLinear(K, 64, bias=False, params_dtype=dtype, quant_config=config, prefix="o")
+    load(layer, our_tensors(weight(64)))
+    layer.quant_method.process_weights_after_loading(layer)
+    act = torch.randn(3, K, dtype=dtype)
+    together = layer.quant_method.apply(layer, act)
+    assert torch.equal(together[1:2], layer.quant_method.apply(layer, act[1:2]))
 
 
 def test_dummy_weights_are_legal():

@@ -26,7 +26,7 @@ _HOMES = {
     "marlin.nn": ("SparseLinear", "replace_linears", "sparse_linears"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_SUBMODULES = ("api", "compat", "compress", "errors", "evaluate", "formats", "nn", "ops", "runtime")
+_SUBMODULES = ("api", "compat", "compress", "errors", "evaluate", "formats", "nn", "ops", "runtime", "settings")
 
 __all__ = ["__version__", "compress", "ops", *sorted(_HOME_OF)]
 

@@ -65,7 +65,7 @@ def compress(
     if not isinstance(calibration, torch.Tensor):
         calibration = calibration_windows(tokenize(calibration, tokenizer), samples, length, options.seed)
     compressed = compress_model(model, calibration, recipe or Recipe(), options=options)
-    nn.replace_linears(model, compressed.weights, dtype)
+    nn.replace_linears(model, compressed.weights, dtype, compressed.low_rank)
     if dtype is not None:
         model.to(dtype)
     if hasattr(model, "save_pretrained"):
@@ -85,7 +85,7 @@ def recover(
 
     model: what `compress` left or `load` gave. teacher: the dense model. text: int64 token ids, or text with its
     tokenizer; never what the result is judged on. Masks stay, so do names, kinds and sizes; codes, scales, norms and
-    biases change, and stay exactly what is saved. On the device recovery.device, with about 16 bytes a weight.
+    biases change, and stay exactly what is saved. On the device recovery.device, with about 24 bytes a weight.
     Raises: ValueError (nothing compressed, text too short, memory, a loss that is not finite), TypeError,
     CheckpointError (resume_dir of another run, or damaged).
     """
@@ -95,7 +95,8 @@ def recover(
     found = train(model, teacher, weights, ids, recovery=replace(recovery, dtype=dtype))
     for name, weight in found.weights.items():
         old = model.get_submodule(name)
-        layer = nn.SparseLinear.from_weight(weight, old.bias, dtype).to(old.scales.device).train(old.training)
+        layer = nn.SparseLinear.from_weight(weight, old.bias, dtype, old.low_rank)
+        layer.to(old.scales.device).train(old.training)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer)
     return found.report
@@ -141,7 +142,7 @@ def save_pretrained(
     require(not found[0].endswith(".base_layer"), op, "model must have no adapters", found[0], fix)
     target = Path(directory)
     check_replaceable(target, overwrite, checkpoint.is_directory_of_ours)
-    record = _record(report, recipe, numbers)
+    record = card_record(report, recipe, numbers)
     _attach(model)
     options: dict[str, Any] = {"max_shard_size": max_shard_size}
     if "save_original_format" in inspect.signature(type(model).save_pretrained).parameters:
@@ -150,13 +151,18 @@ def save_pretrained(
         model.save_pretrained(temporary, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        summary = checkpoint.read_directory_summary(temporary)
-        (temporary / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (temporary / CARD_FILE).write_text(_card(target.name, summary, record, tokenizer is not None), encoding="utf-8")
+        write_card(temporary, target.name, record, tokenizer is not None)
     return target
 
 
-def _record(
+def write_card(directory: Path, name: str, record: Mapping[str, Any], has_tokenizer: bool) -> None:
+    """Write the report and the model card of a directory that is otherwise whole. record: what `card_record` gave."""
+    summary = checkpoint.read_directory_summary(directory)
+    (directory / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (directory / CARD_FILE).write_text(_card(name, summary, record, has_tokenizer), encoding="utf-8")
+
+
+def card_record(
     report: Compressed | Mapping[str, Any] | None, recipe: Recipe | None, numbers: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What `compression_report.json` holds. Raises: TypeError (something that JSON cannot hold)."""

@@ -81,6 +81,10 @@ class _Source:
 
 def _open_ours(directory: Path) -> _Source:
     ours = checkpoint.open_directory(directory)
+    ranks = {name: spec.low_rank for name, spec in ours.layers.items() if spec.low_rank}
+    got = ", ".join(f"{name}: rank {rank}" for name, rank in list(ranks.items())[:1])
+    fix = "That format has no place for it: compress without --low-rank."
+    require(not ranks, f"convert {directory}", "layers must have no low-rank correction", got, fix)
     parts = {name: tuple(f"{name}.{leaf}" for leaf in spec.tensor_shapes()) for name, spec in ours.layers.items()}
     config = {key: value for key, value in ours.config.items() if key not in published.CONFIG_KEYS}
     return _Source("marlin", config, ours.tensors, parts, lambda name: unpack(ours.packed(name)))

@@ -16,6 +16,7 @@ from marlin import ops
 from marlin.errors import message, require
 from marlin.formats import int4
 from marlin.formats.layouts import TILE_K, TILE_N, TILE_WORDS, PackedWeight, pack, unpack
+from marlin.formats.low_rank import LowRank
 from marlin.formats.sparsity import top2_mask
 from marlin.formats.weight import K_MULTIPLE, N_MULTIPLE, SCALE_DTYPES, CompressedWeight, DenseInt4Weight, Weight
 
@@ -34,14 +35,18 @@ def _check_extents(op: str, out_features: int, in_features: int, group_size: int
 class SparseLinear(nn.Module):
     """`torch.nn.Linear` with an INT4 weight, 2:4-sparse ("w4a16_sp24") or dense ("w4a16_dense").
 
-    Buffers as in `marlin.formats.layouts.PackedWeight`: codes, meta (None when dense), scales. Parameter: bias or None.
-    Weights are frozen; gradients reach the input and the bias. `.to(dtype)` casts scales and bias, never the codes.
+    Buffers as in `marlin.formats.layouts.PackedWeight`: codes, meta (None when dense), scales; and low_rank_up [N, r]
+    and low_rank_down [r, K], whose product is added to the weight (None without one). Parameter: bias or None.
+    Weights are frozen; gradients reach the input and the bias. `.to(dtype)` casts scales, corrections and bias, never
+    the codes.
     forward: [..., in_features] to [..., out_features], of the dtype of scales (float32 on the CPU only).
     """
 
     codes: Tensor
     meta: Tensor | None
     scales: Tensor
+    low_rank_up: Tensor | None
+    low_rank_down: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -54,6 +59,7 @@ class SparseLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
+        low_rank: int = 0,
     ) -> None:
         """An empty layer (zero scales), to be filled by `load_state_dict`. Raises: ValueError, TypeError."""
         super().__init__()
@@ -69,6 +75,8 @@ class SparseLinear(nn.Module):
         meta = torch.full((*tiles, meta_words), 0x44444444, dtype=torch.int32, device=device) if meta_words else None
         self.register_buffer("meta", meta)
         self.register_buffer("scales", torch.zeros(tiles[0], groups, TILE_N, dtype=dtype, device=device))
+        for name, shape in (("low_rank_up", (out_features, low_rank)), ("low_rank_down", (low_rank, in_features))):
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device) if low_rank else None)
         values = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
 
@@ -76,10 +84,16 @@ class SparseLinear(nn.Module):
         # Why not self.codes and so on: torch.nn.Module finds them in Python, which takes longer than the launch.
         tensors: dict[str, Any] = self._buffers
         operands = (tensors["codes"], tensors["meta"], tensors["scales"], self._parameters["bias"])
-        return ops.packed_linear(self.kind, act, operands, self.out_features, self.group_size)
+        out = ops.packed_linear(self.kind, act, operands, self.out_features, self.group_size)
+        down = tensors["low_rank_down"]
+        if down is None:
+            return out
+        up: Tensor = tensors["low_rank_up"]
+        return out + nn.functional.linear(nn.functional.linear(act, down.to(act.dtype)), up.to(act.dtype))
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+        text += f", low_rank={self.low_rank.rank}" if self.low_rank is not None else ""
         return f"{text}, group_size={self.group_size}, bias={self.bias is not None}, dtype={self.scales.dtype}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
@@ -104,13 +118,31 @@ class SparseLinear(nn.Module):
         """The codes under the name by which peft finds the device of a quantized layer."""
         return self.codes
 
+    @property
+    def low_rank(self) -> LowRank | None:
+        """The low-rank correction, sharing memory, or None."""
+        up, down = self.low_rank_up, self.low_rank_down
+        return None if up is None or down is None else LowRank(up, down)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """What the layer multiplies with, low-rank correction included: [N, K], of the dtype of scales when None."""
+        dtype, low = dtype or self.scales.dtype, self.low_rank
+        if low is None:
+            return self.to_weight().to_dense(dtype)
+        return (self.to_weight().to_dense(torch.float32) + low.to_dense()).to(dtype)
+
     def to_weight(self) -> Weight:
-        """The weight in canonical form, a copy. Raises: ValueError (illegal metadata, scales not finite)."""
+        """The quantized weight in canonical form, a copy, without the low-rank correction.
+
+        Raises: ValueError (illegal metadata, scales not finite).
+        """
         return unpack(self.packed)
 
     @classmethod
-    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> SparseLinear:
-        """A layer around packed tensors (shared where contiguous) and a copy of bias [N].
+    def from_packed(
+        cls, packed: PackedWeight, bias: Tensor | None = None, low_rank: LowRank | None = None
+    ) -> SparseLinear:
+        """A layer around packed tensors (shared where contiguous) and copies of bias [N] and low_rank.
 
         Raises: ValueError, TypeError (shapes, dtypes).
         """
@@ -123,17 +155,28 @@ class SparseLinear(nn.Module):
             require(tuple(bias.shape) == (packed.n,), _OP, f"bias must have shape [{packed.n}]", str(tuple(bias.shape)))
             own_bias = bias.detach().to(device=packed.scales.device, dtype=dtype, copy=True)
             layer.bias = nn.Parameter(own_bias, bias.requires_grad or not isinstance(bias, nn.Parameter))
+        if low_rank is not None:
+            low_rank.validate(packed.n, packed.k)
+            place: dict[str, Any] = {"device": packed.scales.device, "dtype": dtype, "copy": True}
+            layer.low_rank_up, layer.low_rank_down = low_rank.up.to(**place), low_rank.down.to(**place)
         return layer
 
     @classmethod
-    def from_weight(cls, weight: Weight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> SparseLinear:
-        """A layer of a canonical weight, on its device; dtype is that of scales and bias (of weight.scales when None).
+    def from_weight(
+        cls,
+        weight: Weight,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        low_rank: LowRank | None = None,
+    ) -> SparseLinear:
+        """A layer of a canonical weight, on its device; dtype is that of scales, bias and low-rank correction (of
+        weight.scales when None).
 
         Raises: ValueError, TypeError (the weight's violated invariant, scales not finite in dtype, bias shape).
         """
         if dtype is not None:
             _check_dtype(dtype)
-        return cls.from_packed(pack(weight, dtype), bias)
+        return cls.from_packed(pack(weight, dtype), bias, low_rank)
 
     @classmethod
     def from_dense(
@@ -198,10 +241,16 @@ def _round(op: str, kind: str, dense: Tensor, scales: Tensor | None, group_size:
     return CompressedWeight.from_codes(codes, mask, scales, group_size)
 
 
-def replace_linears(model: nn.Module, weights: Mapping[str, Weight], dtype: torch.dtype | None = None) -> None:
+def replace_linears(
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    dtype: torch.dtype | None = None,
+    low_rank: Mapping[str, LowRank] | None = None,
+) -> None:
     """Put a `SparseLinear` in the place of each named `torch.nn.Linear` of the model, in place; biases are kept.
 
     weights: by name as in `model.named_modules()`. dtype: of scales and bias (the replaced weight's when None).
+    low_rank: corrections of some of them.
     Everything is checked before the first layer changes; a module known under several names is replaced under all.
     Raises: ValueError (no such module, not a Linear, shapes), TypeError (dtype).
     """
@@ -225,7 +274,8 @@ def replace_linears(model: nn.Module, weights: Mapping[str, Weight], dtype: torc
     for name, weight in weights.items():
         linear = modules[name]
         assert isinstance(linear, nn.Linear)
-        layer = SparseLinear.from_weight(weight, linear.bias, dtype or linear.weight.dtype)
+        low = (low_rank or {}).get(name)
+        layer = SparseLinear.from_weight(weight, linear.bias, dtype or linear.weight.dtype, low)
         layer.train(linear.training)
         if not linear.weight.is_meta:
             layer.to(linear.weight.device)

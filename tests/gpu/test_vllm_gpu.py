@@ -7,7 +7,9 @@ prefix, is the largest up to rounding; how many are the largest outright is asse
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.util
 import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -24,14 +26,14 @@ from safetensors.torch import save_file
 from test_published_packers import pack_gptq_marlin_24, pack_marlin_24, pack_pack_quantized
 from torch import Tensor
 
-from benchmarks.serving import case_environment, write_entry_points
+from benchmarks.engines import case_environment, write_entry_points
 from marlin.formats import CompressedWeight, DenseInt4Weight, Weight, group_scales, quantize, top2_mask
 from marlin.formats.checkpoint import LayerSpec, describe
 from marlin.formats.layouts import pack
 from marlin.formats.published import describe_pack_quantized
 
-pytestmark = pytest.mark.gpu
-pytest.importorskip("vllm", reason="needs vllm")
+# Why not importorskip: only the processes that are started need vLLM, and importing it takes seconds.
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm")]
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 3, 512, 1024, 4, 2, 258
 TOKENS = 24
@@ -137,7 +139,8 @@ _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "che
 _ENGINE = {
     "max_model_len": 512,
     "max_num_seqs": 16,
-    "gpu_memory_utilization": 0.1,
+    "gpu_memory_utilization": 0.05,
+    "kv_cache_memory_bytes": 256 << 20,
     "enable_prefix_caching": False,
     "disable_log_stats": True,
     "compilation_config": {"mode": 0, "cudagraph_capture_sizes": [1, 2, 4, 8], "cudagraph_mode": "FULL_DECODE_ONLY"},
@@ -152,7 +155,10 @@ JOBS: dict[str, tuple[str, dict[str, Any], str]] = {
     "pack-quantized-sparse": ("sparse", {}, "SparseMarlinLinearKernel"),
     "pack-quantized-dense": ("dense", {}, "MacheteLinearKernel"),
     "ours-compiled": ("sparse", {"compilation_config": _COMPILED}, "SparseMarlinLinearMethod"),
+    "mixed-invariant": ("mixed", {}, "SparseMarlinLinearMethod"),
+    "ours-tp2": ("sparse", {"tensor_parallel_size": 2}, "SparseMarlinLinearMethod"),
 }
+_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +171,10 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.P
         "sparse": (ours := sparse.ours(root / "sparse")),
         "ours": ours,
         "ours-compiled": ours,
+        "ours-tp2": ours,
         "mixed": (mixture := Model(mixed, torch.bfloat16).ours(root / "mixed")),
         "mixed-bfloat16": mixture,
+        "mixed-invariant": mixture,
         "dense": dense.ours(root / "dense"),
         "marlin-24": sparse.write(root / "ct", pack_marlin_24, _ct_marlin_24()),
         "gptq-marlin-24": sparse.write(root / "gptq", pack_gptq_marlin_24, _GPTQ),
@@ -187,45 +195,42 @@ def _environment(root: pathlib.Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def results(
-    directories: dict[str, pathlib.Path], tmp_path_factory: pytest.TempPathFactory
+    directories: dict[str, pathlib.Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[str, dict[str, Any]]:
-    """What vLLM gave for every job, all in one process."""
+    """What vLLM gave for every job whose tests are selected, each in a process of its own."""
     root = tmp_path_factory.mktemp("jobs")
-    jobs = [
-        {
-            "name": name,
-            "model": str(directories[name]),
-            "prompts": _prompts(),
-            "tokens": TOKENS,
-            "engine": {**_ENGINE, "dtype": "bfloat16" if model == "mixed" else "float16", **engine},
-        }
-        for name, (model, engine, _) in JOBS.items()
-    ]
+    chosen = {getattr(item, "callspec", None) and item.callspec.params.get("name") for item in request.session.items}
+    chosen -= {"ours-tp2"} if torch.cuda.device_count() < 2 else set()
     environment = _environment(root / "site")
-    rows = _run_jobs(jobs, root / "together", environment)
-    # Engines in one process start sooner; one that fails there is tried once in a process of its own.
-    failed = [job for job in jobs if "error" in rows[job["name"]]]
-    for job in failed if len(failed) <= 2 else []:
-        rows |= _run_jobs([job], root / job["name"], environment)
-    return rows
+    jobs = {}
+    for name, (model, engine, _) in JOBS.items():
+        dtype = "bfloat16" if model == "mixed" else "float16"
+        job = {"name": name, "model": str(directories[name]), "prompts": _prompts(), "tokens": TOKENS}
+        jobs[name] = {**job, "engine": {**_ENGINE, "dtype": dtype, **engine}}
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        runs = {name: pool.submit(_run_job, jobs[name], root, environment) for name in JOBS if name in chosen}
+    return {name: run.result() for name, run in runs.items()}
 
 
-def _run_jobs(jobs: list[dict[str, Any]], root: pathlib.Path, environment: dict[str, str]) -> dict[str, dict[str, Any]]:
-    root.mkdir()
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    child = pathlib.Path(__file__).with_name("vllm_child.py")
-    words = [sys.executable, str(child), str(root / "jobs.json"), str(root / "results")]
-    with (root / "log").open("w") as log:
-        process = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
+def _run_job(job: dict[str, Any], root: pathlib.Path, environment: dict[str, str]) -> dict[str, Any]:
+    """{tokens, methods} or {error}, after at most 100 seconds."""
+    own = root / job["name"]
+    own.mkdir()
+    if job["name"].endswith("-invariant"):
+        environment = {**environment, "VLLM_BATCH_INVARIANT": "1"}
+    (own / "job.json").write_text(json.dumps(job))
+    words = [sys.executable, str(pathlib.Path(__file__).with_name("vllm_child.py")), "job.json", "result.json"]
+    with (own / "log").open("w") as log:
+        process = subprocess.Popen(words, cwd=own, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
-            process.wait(40 + 20 * len(jobs))
+            process.wait(100)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    results = root / "results"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    tail = (root / "log").read_text()[-6000:]
-    return {job["name"]: {"error": f"no result; log ends:\n{tail}"} for job in jobs} | {r["name"]: r for r in rows}
+    if (own / "result.json").exists():
+        result: dict[str, Any] = json.loads((own / "result.json").read_text())
+        return result
+    return {"error": f"ended with status {process.returncode}; log ends:\n{(own / 'log').read_text()[-5000:]}"}
 
 
 def _logits(directory: pathlib.Path, sequences: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
@@ -239,7 +244,9 @@ def _logits(directory: pathlib.Path, sequences: list[list[int]], dtype: torch.dt
         return [model(torch.tensor([ids], device="cuda")).logits[0].float() for ids in sequences]
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[_TWO_GPUS] if name.endswith("-tp2") else []) for name in JOBS]
+)
 def test_vllm_gives_the_tokens_of_transformers(
     name: str, results: dict[str, dict[str, Any]], directories: dict[str, pathlib.Path]
 ):
@@ -262,6 +269,16 @@ def test_vllm_gives_the_tokens_of_transformers(
         largest += int((gap == 0).sum())
         total += len(tokens)
     assert largest >= 0.95 * total, f"{name}: {largest} of {total} tokens are the largest"
+
+
+@pytest.mark.parametrize("name", ["mixed-invariant"])
+def test_batch_invariant_mode_gives_a_prompt_alone_what_it_gets_in_a_batch(
+    name: str, results: dict[str, dict[str, Any]]
+):
+    result = results[name]
+    assert "error" not in result, result["error"]
+    assert result["tokens"] == result["alone"]["tokens"]
+    assert result["logprobs"] == result["alone"]["logprobs"]
 
 
 def _tokenizer(directory: pathlib.Path) -> None:
@@ -288,8 +305,8 @@ def server(directories: dict[str, pathlib.Path], tmp_path_factory: pytest.TempPa
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), "--host=127.0.0.1"]
-    words += [f"--port={port}", "--max-model-len=512", "--gpu-memory-utilization=0.1", "--enforce-eager"]
-    words += ["--served-model-name=small"]
+    words += [f"--port={port}", "--max-model-len=512", "--gpu-memory-utilization=0.05", "--enforce-eager"]
+    words += [f"--kv-cache-memory-bytes={256 << 20}", "--served-model-name=small"]
     environment = _environment(root / "site")
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     address = f"http://127.0.0.1:{port}"

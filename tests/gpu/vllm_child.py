@@ -1,17 +1,16 @@
-"""Runs vLLM on one model directory after another, in a process of its own: `python vllm_child.py JOBS RESULTS`.
+"""Runs vLLM on a model directory, in a process of its own: `python vllm_child.py JOB RESULT`.
 
-JOBS: a JSON list of {name, model, prompts (lists of token ids), tokens, engine (arguments of vLLM's LLM)}.
-RESULTS: a file that gets one JSON line per job: {name, tokens, methods} or {name, error}.
+JOB: a JSON file with {model, prompts (lists of token ids), tokens, engine (arguments of vLLM's LLM)}.
+RESULT: a JSON file, {tokens, logprobs (of these tokens), alone (both again, of each prompt in a batch of its own),
+methods}; it is missing where the engine failed.
 """
 
 from __future__ import annotations
 
 import collections
-import gc
 import json
 import pathlib
 import sys
-import traceback
 from typing import Any
 
 
@@ -27,26 +26,24 @@ def methods(model: Any) -> dict[str, int]:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens of every prompt, and what the layers run."""
     from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(model=job["model"], skip_tokenizer_init=True, **job["engine"])
-    sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling, use_tqdm=False)
-    result = {"tokens": [list(one.outputs[0].token_ids) for one in outputs], "methods": llm.apply_model(methods)[0]}
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
-    return result
+    sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False, logprobs=1)
+
+    def answer(prompts: list[list[int]]) -> dict[str, list[Any]]:
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+        firsts = [one.outputs[0] for one in outputs]
+        tokens = [list(first.token_ids) for first in firsts]
+        pairs = [zip(first.token_ids, first.logprobs, strict=True) for first in firsts]
+        return {"tokens": tokens, "logprobs": [[row[token].logprob for token, row in pair] for pair in pairs]}
+
+    alone = [answer([ids]) for ids in job["prompts"]]
+    parts = {name: [one[name][0] for one in alone] for name in ("tokens", "logprobs")}
+    return {**answer(job["prompts"]), "alone": parts, "methods": llm.apply_model(methods)[0]}
 
 
 if __name__ == "__main__":
-    with pathlib.Path(sys.argv[2]).open("w") as results:
-        for job in json.loads(pathlib.Path(sys.argv[1]).read_text()):
-            try:
-                row = run(job)
-            except Exception:
-                row = {"error": traceback.format_exc()}
-            print(json.dumps({"name": job["name"], **row}), file=results, flush=True)
-            print(f"{job['name']}: {row.get('methods') or row['error']}", flush=True)
+    result = run(json.loads(pathlib.Path(sys.argv[1]).read_text()))
+    pathlib.Path(sys.argv[2]).write_text(json.dumps(result))

@@ -21,13 +21,13 @@ struct Left {
 extern "C" int run(const marlin::TensorMap* maps, const void* bias, void* out, void* workspace, int* tickets,
                    const int* numbers, int grid, int cluster, int seed, const Left* left, int count) {
     const int* n = numbers;
-    const marlin::Args90 args{&maps[0], &maps[1], &maps[2], &maps[3],
+    const marlin::Args90 args{&maps[0], &maps[1], &maps[2], &maps[3], &maps[4],
                               static_cast<const marlin::u16*>(bias),
                               static_cast<marlin::u16*>(out),
                               static_cast<float4*>(workspace),
                               tickets,
-                              n[0], n[1], n[2],
-                              {n[3], n[4], n[5], n[6], n[7], n[8]}};
+                              n[0], n[1], n[2], n[3],
+                              {n[4], n[5], n[6], n[7], n[8], n[9]}};
     arguments = &args;
     host::previous_kernel = [=] {
         for (int i = 0; i < count; ++i) memcpy(left[i].to, left[i].from, left[i].bytes);

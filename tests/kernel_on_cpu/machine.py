@@ -90,8 +90,17 @@ class HostKernel:
     left: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
     def launch(
-        self, blocks: tuple[int, int, int], threads: int, stream: int, args: tuple, *, pdl: bool, cluster: int
+        self,
+        blocks: tuple[int, int, int],
+        threads: int,
+        stream: int,
+        args: tuple,
+        *,
+        pdl: bool,
+        cluster: int,
+        smem_bytes: int,
     ) -> None:
+        assert smem_bytes >= self.library.smem_bytes()
         assert threads == self.library.threads() and blocks[1:] == (1, 1) and blocks[0] % max(cluster, 1) == 0
         maps, pointers, numbers = args[: len(MAPS)], args[len(MAPS) : len(MAPS) + 4], args[len(MAPS) + 4 :]
         memory = ctypes.create_string_buffer(128 * len(maps) + 64)

@@ -10,7 +10,7 @@ import warnings
 
 import typer
 
-from marlin.cli import bench, compress, convert, demo, doctor, evaluate, generate, inspect, kernels
+from marlin.cli import bench, compress, convert, demo, doctor, evaluate, generate, inspect, kernels, recover
 from marlin.cli.common import Group, set_debug, version_text
 
 app = typer.Typer(
@@ -49,6 +49,7 @@ def root(
 
 
 app.command("compress")(compress.compress)
+app.command("recover")(recover.recover)
 app.command("convert")(convert.convert)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)

@@ -33,6 +33,7 @@ BENCHMARKS = {
     "gemm": ("gemm", "Every layer shape against cuBLAS and peers, checked first. About 200 s on one GPU."),
     "decode": ("decode", "A decoder of Llama-3.1-8B's shape, tokens per second and where the time goes. About 60 s."),
     "sustained": ("sustained", "Each model's layers back to back, with clocks and power. About 45 s a model."),
+    "host": ("host", "Host time of an eager call, beside torch's. Seconds."),
     "ceilings": ("ceilings", "What this GPU's memory and tensor cores reach. Seconds."),
     "tiles": ("tiles", "Every tile configuration, to fit the cost model to. Minutes."),
     "figures": ("figures", "Draw the figures from the records. Needs matplotlib, no GPU."),

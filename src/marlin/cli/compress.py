@@ -49,15 +49,18 @@ class Job:
     options: Options
     dtype: torch.dtype
     minutes: float | None
+    stream: bool
     shown: bool
 
 
-def read_recipe(recipe: str, group_size: int | None, method: str | None) -> Recipe:
-    """The preset or JSON file named, with group size and method of its default replaced where they are given.
+def read_recipe(recipe: str, group_size: int | None, method: str | None, low_rank: int | None = None) -> Recipe:
+    """The preset or JSON file named, with group size and method of its default replaced where they are given, and the
+    rank of all that is saved packed.
 
     Raises: ValueError (neither a preset nor a file, or what the recipe refuses), OSError.
     """
     from marlin.compress import PRESETS, Recipe, preset
+    from marlin.compress.recipe import PACKED
 
     if recipe in PRESETS:
         chosen = preset(recipe, group_size or GROUP_SIZE)
@@ -71,10 +74,15 @@ def read_recipe(recipe: str, group_size: int | None, method: str | None) -> Reci
         default = replace(default, group_size=group_size)
     if method is not None:
         default = default.with_method(method)
-    return replace(chosen, default=default)
+    if low_rank is None:
+        return replace(chosen, default=default)
+    layers = [layer for _, layer in chosen.rules] + [default]
+    ranked = [replace(layer, low_rank=low_rank) if layer.kind in PACKED else layer for layer in layers]
+    rules = tuple((pattern, layer) for (pattern, _), layer in zip(chosen.rules, ranked, strict=False))
+    return Recipe(rules, ranked[-1])
 
 
-def _calibration_text(path: Path | None) -> tuple[str, str]:
+def calibration_text(path: Path | None, op: str = "compress") -> tuple[str, str]:
     """(name, text): the file or directory, or the demo's calibration text when it is there. Raises: ValueError."""
     if path is not None:
         return str(path), read_text(path)
@@ -84,7 +92,7 @@ def _calibration_text(path: Path | None) -> tuple[str, str]:
     if text is None:
         fix = "Pass --calibration FILE, or run `marlin demo` once, which prepares one."
         got = "no --calibration and no demo text"
-        raise ValueError(message("compress", "there must be a text to calibrate on", got, fix))
+        raise ValueError(message(op, "there must be a text to calibrate on", got, fix))
     return "demo calibration wiki", text
 
 
@@ -95,6 +103,15 @@ def _packable(recipe: Recipe) -> Recipe:
         requirement = "the recipe must have a kind that is saved packed (w4a16_sp24 or w4a16_dense)"
         raise ValueError(message("compress", requirement, ", ".join(sorted(kinds)), "Use --recipe sp24-int4."))
     return recipe
+
+
+def _chosen(recipe: str, group_size: int | None, method: str | None, low_rank: int | None) -> Recipe | None:
+    """The recipe that the options describe; None where it is made automatically. Raises: as `read_recipe`."""
+    if recipe != AUTO:
+        return _packable(read_recipe(recipe, group_size, method, low_rank))
+    got = f"--low-rank {low_rank}"
+    require(low_rank is None, "compress", "--recipe auto takes no low-rank correction", got, "Leave it out.")
+    return None
 
 
 def _saved_dtype(dtype: str, directory: Path) -> torch.dtype:
@@ -157,6 +174,49 @@ def _planned(job: Job, model: Any, stream: torch.Tensor) -> Recipe:
     return found.recipe
 
 
+def _precision(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Of the model while it is compressed."""
+    import torch
+
+    # Why: the CPU multiplies float32 fast and 16 bits slowly; a GPU takes the blocks one by one as they are.
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+def _streams(wanted: bool | None, source: Path, loads: bool) -> bool:
+    """Whether blocks come one by one out of the files. loads: whether something asked for needs the whole model.
+
+    Raises: ValueError (both asked for).
+    """
+    from marlin.streaming import is_worth_it
+
+    got = "--stream with --recover or --recipe auto"
+    require(not (wanted and loads), "compress", "--stream holds one block at a time", got, "Leave one of them out.")
+    return is_worth_it(source) and not loads if wanted is None else wanted
+
+
+def _stream(job: Job) -> Compressed:
+    """Compress block by block out of the files."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from marlin import api
+    from marlin.compress import calibration_windows
+    from marlin.demo.models import quiet_transformers
+    from marlin.streaming import Precision, compress_directory
+
+    quiet_transformers()
+    assert job.recipe is not None
+    tokenizer = AutoTokenizer.from_pretrained(str(job.source), local_files_only=True)
+    windows = calibration_windows(api.tokenize(job.text, tokenizer), job.samples, job.length, job.options.seed)
+    precision = Precision(_precision(torch.device(job.options.device), job.dtype), job.dtype)
+    with progress_bar(job.shown) as display:
+        show = counter(display, "compressing blocks out of the files")
+        options = replace(job.options, progress=lambda event: show(event.done, event.total))
+        return compress_directory(
+            job.source, job.output, windows, job.recipe, precision=precision, tokenizer=tokenizer, options=options
+        )
+
+
 def _run(job: Job) -> tuple[Compressed, dict[str, Any] | None]:
     """Load, plan, compress, recover and save; returns what was compressed and the report of the recovery."""
     import torch
@@ -165,9 +225,10 @@ def _run(job: Job) -> tuple[Compressed, dict[str, Any] | None]:
     from marlin.compress import calibration_windows
     from marlin.demo.models import load_model
 
+    if job.stream:
+        return _stream(job), None
     device = torch.device(job.options.device)
-    # Why: the CPU multiplies float32 fast and 16 bits slowly; a GPU takes the blocks one by one as they are.
-    precision = torch.float32 if device.type == "cpu" else job.dtype
+    precision = _precision(device, job.dtype)
     model, tokenizer = load_model(job.source, torch.device("cpu"), precision)
     stream = api.tokenize(job.text, tokenizer)
     recipe = _planned(job, model, stream) if job.recipe is None else job.recipe
@@ -187,7 +248,7 @@ def _run(job: Job) -> tuple[Compressed, dict[str, Any] | None]:
             return api.recover(model, teacher, stream, recovery=replace(given, progress=progress))
 
         report = recovery.run(work, job.minutes, job.shown)
-        numbers = {f"recovery, {name}": value for name, value in recovery.summary(report).items()}
+        numbers = recovery.numbers(report)
     api.save_pretrained(model, job.output, tokenizer=tokenizer, report=compressed, recipe=recipe, numbers=numbers)
     return compressed, report
 
@@ -205,14 +266,12 @@ def compress(
     method: str | None = typer.Option(None, "--method", help="Replaces the method of the recipe's default."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N; holds one block at a time."),
     dtype: str = typer.Option("auto", "--dtype", help="Of scales and unquantized tensors: float16 or bfloat16."),
+    low_rank: int | None = typer.Option(None, "--low-rank", metavar="R", help="Add 16-bit corrections of this rank."),
     bits: float | None = typer.Option(None, "--bits", help="Of --recipe auto: at most so many bits per weight."),
-    max_ppl_increase: float | None = typer.Option(
-        None, "--max-ppl-increase", help="Of --recipe auto: at most so much more perplexity, e.g. 0.15; estimated."
-    ),
-    recover: float | None = typer.Option(
-        None, "--recover", metavar="MINUTES", help="Then train against the dense model for so long; wants a GPU."
-    ),
+    max_ppl_increase: float | None = typer.Option(None, help="Of --recipe auto: at most so much more, e.g. 0.15."),
+    recover: float | None = typer.Option(None, "--recover", metavar="MINUTES", help="Then train so long; wants a GPU."),
     resume_dir: Path | None = typer.Option(None, "--resume-dir", help="Keep what is finished here, and continue."),
+    stream: bool | None = typer.Option(None, help="One block in memory at a time; default: where memory is short."),
     seed: int = typer.Option(0, "--seed", help="Of the choice of calibration windows."),
     as_json: bool = typer.Option(False, "--json", help="Print the summary as JSON."),
 ) -> None:
@@ -233,9 +292,9 @@ def compress(
 
     models.check_model_directory(model)
     budget = _budget(recipe, bits, max_ppl_increase)
-    chosen_recipe = None if recipe == AUTO else _packable(read_recipe(recipe, group_size, method))
+    chosen_recipe = _chosen(recipe, group_size, method, low_rank)
     require(recover is None or recover > 0, "compress", "--recover must be above 0 minutes", str(recover))
-    name, text = _calibration_text(calibration)
+    name, text = calibration_text(calibration)
 
     from marlin.compress import Options
     from marlin.formats.atomic import check_replaceable
@@ -245,7 +304,7 @@ def compress(
     options = Options(choose_device(device), seed, resume_dir=resume_dir)
     job = Job(
         model, output, text, samples, length, chosen_recipe, group_size or GROUP_SIZE, budget, options,
-        _saved_dtype(dtype, model), recover, not as_json,
+        _saved_dtype(dtype, model), recover, _streams(stream, model, bool(recover) or recipe == AUTO), not as_json,
     )  # fmt: skip
     compressed, report = _run(job)
     summary = _summary(output, recipe, name, compressed)
@@ -260,10 +319,8 @@ def _print(summary: dict[str, Any]) -> None:
         f"wrote {summary['output']}: {layers}; {summary['bits_per_weight']:.3f} bits per weight "
         f"in {summary['seconds']:.0f} s"
     ]
-    trained = summary.get("recovery")
-    if trained is not None:
-        change = f"{trained['divergence_before']:.4f} to {trained['divergence']:.4f} nats a token"
-        lines.append(f"recovered in {trained['seconds']:.0f} s: divergence from the dense model, held out, {change}")
+    if "recovery" in summary:
+        lines.append(recovery.sentence(summary["recovery"]))
     for line in lines:
         out().print(line, soft_wrap=True, markup=False)
     note(f"Next: marlin inspect {summary['output']}; marlin generate {summary['output']} PROMPT")

@@ -21,10 +21,12 @@ def _kernel(layer: LayerSummary, tokens: int, dtype: str, device: DeviceInfo) ->
     """The entry that would run, or why none."""
     from marlin.errors import MarlinError
     from marlin.runtime import Problem, make_plan
+    from marlin.settings import batch_invariant
 
     spec = layer.spec
     try:
-        return make_plan(Problem(tokens, spec.n, spec.k, spec.group_size, dtype, spec.kind), device).variant.entry
+        problem = Problem(tokens, spec.n, spec.k, spec.group_size, dtype, spec.kind, batch_invariant())
+        return make_plan(problem, device).variant.entry
     except (MarlinError, ValueError) as error:
         return str(error)
 
@@ -78,7 +80,8 @@ def inspect(
     for layer in report["layers"]:
         zero = f"{layer['zero_fraction']:.3f}" if zeros else "-"
         extent, bits = f"{layer['n']} x {layer['k']}", f"{layer['bits_per_weight']:.3f}"
-        cells = (layer["name"], layer["kind"], extent, layer["group_size"], layer["bytes"], bits, zero, layer["kernel"])
+        kind = layer["kind"] + (f", rank {layer['low_rank']}" if "low_rank" in layer else "")
+        cells = (layer["name"], kind, extent, layer["group_size"], layer["bytes"], bits, zero, layer["kernel"])
         table.add_row(*(escape(str(cell)) for cell in cells))
     width, console.width = console.width, max(console.width, 190)
     console.print(table)

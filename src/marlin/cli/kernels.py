@@ -189,14 +189,17 @@ def explain(
     """
     from marlin.runtime import Problem
     from marlin.runtime.explain import explain as explain_problem
+    from marlin.settings import batch_invariant
 
-    found = explain_problem(Problem(m, n, k, group_size, dtype, kind), gpu_here_or(gpu))
+    found = explain_problem(Problem(m, n, k, group_size, dtype, kind, batch_invariant()), gpu_here_or(gpu))
     if as_json:
         print_json(found.as_dict())
         return
     plan, floor = found.plan, found.floor
     console = out()
     console.print(f"{kind} M={m} N={n} K={k} group_size={group_size} {dtype} on {plan.device.name}", soft_wrap=True)
+    if plan.problem.batch_invariant:
+        console.print("batch-invariant mode (MARLIN_BATCH_INVARIANT=1): one order of additions for every M")
     blocks = f"{plan.geometry.grid} blocks of {plan.config.threads} threads, workspace {plan.workspace_bytes} bytes"
     console.print(f"runs {plan.variant.entry}: {blocks}", soft_wrap=True)
     share = f"{100 * floor.us / found.estimate_us:.0f} %"

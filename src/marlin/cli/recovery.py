@@ -45,7 +45,7 @@ def warn_without_gpu(teacher: Any, recovery: Recovery) -> None:
     seconds = recovery.minutes * 60 * (1 - recovery.generation_share)
     steps = max(1, round(rate * seconds / (recovery.batch * recovery.length)))
     note(
-        f"--recover without a GPU: about {steps} steps of {recovery.batch} x {recovery.length} tokens in "
+        f"recovery without a GPU: about {steps} steps of {recovery.batch} x {recovery.length} tokens in "
         f"{recovery.minutes:g} minutes; a GPU takes tens of thousands of tokens a second. Use --device cuda."
     )
 
@@ -68,6 +68,17 @@ def run(work: Callable[[Callable[[RecoveryEvent], None]], dict[str, Any]], minut
             display.update(task, completed=int(100 * event.share), description=describe(event, minutes))
 
         return work(show)
+
+
+def numbers(report: dict[str, Any]) -> dict[str, Any]:
+    """What the model card shows of a recovery's report."""
+    return {f"recovery, {name}": value for name, value in summary(report).items()}
+
+
+def sentence(shown: dict[str, Any]) -> str:
+    """A summary in words."""
+    change = f"{shown['divergence_before']:.4f} to {shown['divergence']:.4f} nats a token"
+    return f"recovered in {shown['seconds']:.0f} s: divergence from the dense model, held out, {change}"
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from marlin.compress.recipe import METHODS, PRESETS, LayerRecipe, Recipe, preset
 from marlin.compress.recovery import Recovered, generate_text, recover
 from marlin.compress.recovery_settings import Recovery, RecoveryEvent, RecoveryWarning
 from marlin.compress.report import Compressed, Event, LayerReport
-from marlin.compress.walk import Options, compress_model
+from marlin.compress.walk import Keeper, Options, compress_model
 
 __all__ = [
     "METHODS",
@@ -17,6 +17,7 @@ __all__ = [
     "Compressed",
     "DampingWarning",
     "Event",
+    "Keeper",
     "LayerRecipe",
     "LayerReport",
     "Options",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,12 +26,14 @@ from marlin.compress.blocks import (
     shared_inputs,
 )
 from marlin.compress.hessian import Factor, factor, output_error
+from marlin.compress.low_rank import corrected
 from marlin.compress.recipe import METHODS, LayerRecipe
 from marlin.compress.refine import refine
 from marlin.compress.report import LayerReport
 from marlin.compress.solvers import Solution, activation_order, solve
 from marlin.compress.store import BlockResult
 from marlin.errors import require
+from marlin.formats import LowRank
 
 WITHOUT_DATA = {"w4a16_sp24": "magnitude", "sp24": "magnitude", "w4a16_dense": "rtn"}
 
@@ -212,8 +214,12 @@ def _solve_stacked(
     if recipe.refine:
         assert hessian is not None
         solution = refine(solution, weight, hessian, recipe.damping, recipe.refine)
+    parts: list[LowRank] = []
+    if recipe.low_rank:
+        rows = [layer.out_features for layer in layers.values()]
+        solution, parts = corrected(solution, weight, hessian, rows, recipe)
     seconds = time.perf_counter() - started
-    _keep(layers, weight, solution, recipe, hessian, result)
+    _keep(layers, weight, solution, parts, recipe, hessian, result)
     for row_index, (name, layer) in enumerate(layers.items(), start=len(result.report) - len(layers)):
         share = seconds * layer.out_features / weight.shape[0]
         result.report[row_index] = replace(
@@ -230,16 +236,21 @@ def _keep(
     layers: dict[str, nn.Linear],
     weight: torch.Tensor,
     solution: Solution,
+    parts: Sequence[LowRank],
     recipe: LayerRecipe,
     hessian: torch.Tensor | None,
     result: BlockResult,
 ) -> None:
-    """Cut a stacked solution into its layers: canonical weights, or floats, and a report row each."""
+    """Cut a stacked solution into its layers: canonical weights with their corrections, or floats, and report rows."""
     start = 0
-    for name, layer in layers.items():
+    for index, (name, layer) in enumerate(layers.items()):
         stop = start + layer.out_features
         part = solution.rows(start, stop)
-        error = None if hessian is None else output_error(weight[start:stop], part.dense, hessian)
+        dense, rank = part.dense, 0
+        if parts:
+            low = result.low_rank[name] = LowRank(parts[index].up.cpu(), parts[index].down.cpu())
+            dense, rank = dense + parts[index].to_dense(), low.rank
+        error = None if hessian is None else output_error(weight[start:stop], dense, hessian)
         canonical = part.weight()
         if canonical is None:
             result.floats[name] = part.dense
@@ -247,7 +258,8 @@ def _keep(
             result.weights[name] = canonical
         n, k = layer.out_features, layer.in_features
         assert recipe.method is not None and recipe.method in METHODS[recipe.kind]
-        result.report.append(LayerReport(name, recipe.kind, recipe.method, n, k, part.group_size, error, None, 0, 0.0))
+        row = LayerReport(name, recipe.kind, recipe.method, n, k, part.group_size, error, None, 0, 0.0, low_rank=rank)
+        result.report.append(row)
         start = stop
 
 
@@ -256,6 +268,9 @@ def write_back(layers: Mapping[str, nn.Linear], names: Mapping[str, str], result
     for name, layer in layers.items():
         full = names[name]
         if full in result.weights:
-            layer.weight.data.copy_(result.weights[full].to_dense(torch.float32))
+            dense = result.weights[full].to_dense(torch.float32)
+            if full in result.low_rank:
+                dense = dense + result.low_rank[full].to_dense()
+            layer.weight.data.copy_(dense)
         elif full in result.floats:
             layer.weight.data.copy_(result.floats[full])

@@ -122,6 +122,16 @@ def factor(hessian: torch.Tensor, damping: float, name: str = "layer") -> Factor
     return Factor(upper, upper.diagonal().clone(), dead, share)
 
 
+def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """A copy, fp32 [K, K], with a share (at least 1e-4) of the mean diagonal added, and 1 for columns never used."""
+    result = hessian.float().clone()
+    dead = result.diagonal() <= 0
+    result.diagonal()[dead] = 1.0
+    live = hessian.diagonal()[~dead]
+    result.diagonal().add_(max(damping, 1e-4) * (float(live.mean()) if live.numel() else 1.0))
+    return result
+
+
 def output_error(weight: torch.Tensor, approx: torch.Tensor, hessian: torch.Tensor) -> float:
     """Relative squared error of a layer's outputs: tr(D H D^T) / tr(W H W^T) with D = W - approx; [N, K] each."""
     delta = weight - approx

@@ -18,7 +18,7 @@ from torch import nn
 
 from marlin.compress.solvers import LARGEST_SCALE, SMALLEST_SCALE
 from marlin.errors import message, require
-from marlin.formats import CompressedWeight, DenseInt4Weight, Weight
+from marlin.formats import CompressedWeight, DenseInt4Weight, LowRank, Weight
 from marlin.formats.int4 import QMAX, QMIN
 
 
@@ -42,16 +42,28 @@ class LatentLinear(nn.Module):
 
     Parameters: latent fp32 [N, K] in units of `unit`, log_scale fp32 [N, G] (starts at 0), bias (the replaced layer's)
     or None. Buffers: base fp32 [N, G], the scales at the start; unit fp32 [N, G], equal to base, or to the one number
-    given; mask bool [N, K] or None (dense INT4).
+    given; mask bool [N, K] or None (dense INT4); up [N, r] and down [r, K], a low-rank correction that stays as it is,
+    or None.
     """
 
     mask: torch.Tensor | None
+    up: torch.Tensor | None
+    down: torch.Tensor | None
     base: torch.Tensor
     unit: torch.Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, weight: Weight, bias: nn.Parameter | None, learn_scales: bool, unit: float | None) -> None:
+    def __init__(
+        self,
+        weight: Weight,
+        bias: nn.Parameter | None,
+        learn_scales: bool,
+        unit: float | None,
+        low_rank: LowRank | None = None,
+    ) -> None:
         super().__init__()
+        for name in ("up", "down"):
+            self.register_buffer(name, None if low_rank is None else getattr(low_rank, name).float())
         self.in_features, self.out_features, self.group_size = weight.k, weight.n, weight.group_size
         self.scale_dtype, self.learn_scales = weight.scales.dtype, learn_scales
         self.register_buffer("mask", weight.mask() if isinstance(weight, CompressedWeight) else None)
@@ -75,7 +87,10 @@ class LatentLinear(nn.Module):
 
     def forward(self, act: torch.Tensor) -> torch.Tensor:
         dense, _ = self._grouped()
-        return nn.functional.linear(act, dense.view_as(self.latent), self.bias)
+        out = nn.functional.linear(act, dense.view_as(self.latent), self.bias)
+        if self.up is None or self.down is None:
+            return out
+        return out + nn.functional.linear(nn.functional.linear(act, self.down), self.up)
 
     @torch.no_grad()
     def weight(self) -> Weight:
@@ -115,7 +130,8 @@ def put_latents(
         originals[name] = module
     for name, module in originals.items():
         home = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-        layer = LatentLinear(weights[name], getattr(module, "bias", None), learn_scales, unit).to(home)
+        bias, low_rank = getattr(module, "bias", None), getattr(module, "low_rank", None)
+        layer = LatentLinear(weights[name], bias, learn_scales, unit, low_rank).to(home)
         _set(model, name, layer)
     return originals
 

@@ -22,6 +22,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 """Methods of each kind, the default first. Kind `sp24` prunes and leaves floating-point weights: it has no packed form
 and serves to measure what pruning alone costs."""
 
+PACKED = ("w4a16_sp24", "w4a16_dense")
 ORDERS = ("natural", "activation")
 
 HELPS: dict[str, Any] = {"order": "activation", "correct": 0.5, "refine": 3}
@@ -45,6 +46,7 @@ class LayerRecipe:
     correct: share, 0..1, of the error that the layer's inputs already carry which its weights make up for.
     refine: passes of coordinate descent over mask, codes and scales after the sweep.
     order, correct and refine, where not given: `HELPS` for methods sparsegpt and gptq of the INT4 kinds, else `PLAIN`.
+    low_rank: rank of the correction that is fitted to the remaining error and saved with the layer in 16 bits; 0: none.
     strict: raise where K is not a multiple of group_size, instead of taking the next smaller legal size with a note.
     """
 
@@ -56,6 +58,7 @@ class LayerRecipe:
     order: str = cast(str, None)
     correct: float = cast(float, None)
     refine: int = cast(int, None)
+    low_rank: int = 0
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -83,6 +86,9 @@ class LayerRecipe:
         require(self.search_steps >= 0, op, "search_steps must be at least 0", f"search_steps={self.search_steps}")
         require(self.order in ORDERS, op, f"order must be one of {ORDERS}", repr(self.order))
         require(0 <= self.correct <= 1, op, "correct must lie in 0..1", f"correct={self.correct}")
+        require(self.low_rank >= 0, op, "low_rank must be at least 0", f"low_rank={self.low_rank}")
+        packed = self.kind in PACKED or self.low_rank == 0
+        require(packed, op, f"only kinds {', '.join(PACKED)} take a low_rank", f"{self.kind}, low_rank={self.low_rank}")
         require(self.refine >= 0, op, "refine must be at least 0", f"refine={self.refine}")
 
     def with_method(self, method: str) -> LayerRecipe:
@@ -95,7 +101,8 @@ class LayerRecipe:
         """Whether the method reads the calibration inputs."""
         if self.kind == "skip":
             return False
-        return self.method not in ("magnitude", "rtn") or self.refine > 0 or self.correct > 0
+        corrects = self.refine > 0 or self.correct > 0 or self.low_rank > 0
+        return self.method not in ("magnitude", "rtn") or corrects
 
     def group_size_for(self, name: str, n: int, k: int) -> tuple[int, str]:
         """The legal group size for a layer [n, k], and a note where it is not the one asked for.
@@ -180,6 +187,7 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "order": (str,),
     "correct": (int, float),
     "refine": (int,),
+    "low_rank": (int,),
     "strict": (bool,),
 }
 

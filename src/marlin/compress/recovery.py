@@ -4,7 +4,7 @@ Owns the order of the steps and the text that the dense model writes. The masks 
 divergence from the dense model over its whole vocabulary, and what comes out are canonical weights whose dense values
 were measured once more at the end. Data is the calibration text and text that the dense model writes itself; the tail
 of the calibration text is held out, and the best state on it is kept. Everything trains at once, so the model, its
-dense original and about 16 bytes a weight must fit on one device.
+dense original and about 24 bytes a weight must fit on one device.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import torch
 from marlin.compress.blocks import module_device
 from marlin.compress.recovery_settings import Recovery, RecoveryEvent, RecoveryWarning
 from marlin.compress.recovery_state import RecoveryState
-from marlin.compress.texts import OP, Batches, prompts, sample, split_held_out
+from marlin.compress.sampling import sample
+from marlin.compress.texts import OP, Batches, prompts, split_held_out
 from marlin.compress.training import Run, student
 from marlin.errors import message, require
 from marlin.formats import Weight
 
-BYTES_PER_WEIGHT = 16
+# A latent, its gradient, two moments, its best state, the mask, and copies in 16 bits.
+BYTES_PER_WEIGHT = 24
 
 
 @dataclass
@@ -42,31 +44,40 @@ def generate_text(
 ) -> torch.Tensor:
     """Text that the model writes: int64 [any], at most recovery.generated_tokens, within about `seconds`.
 
-    Sampled in bfloat16 on a GPU. stream: text whose pieces begin every second round.
+    Sampled in bfloat16 on a GPU, fewer rows at a time where memory ends. stream: text whose pieces begin some of it.
     """
     device = torch.device(recovery.device)
     started = time.monotonic()
     writer = teacher
     if device.type == "cuda" and next(teacher.parameters()).dtype == torch.float32:
         writer = copy.deepcopy(teacher).to(device, torch.bfloat16)
-    rows, found, total, index = recovery.generated_rows, [], 0, 0
+    rows, length, found, total, index = recovery.generated_rows, recovery.generated_length, [], 0, 0
     vocabulary = int(teacher.get_input_embeddings().weight.shape[0])
+    begin = getattr(getattr(teacher, "config", None), "bos_token_id", None)
 
     def tell(done: int, length: int) -> None:
         if recovery.progress is not None:
             share = (total + rows * done) / max(recovery.generated_tokens, 1)
-            event = RecoveryEvent("generate", min(share, 1.0), time.monotonic() - started)
-            recovery.progress(event)
+            spent = time.monotonic() - started
+            recovery.progress(RecoveryEvent("generate", min(max(share, spent / seconds), 1.0), spent))
 
     while total < recovery.generated_tokens and time.monotonic() - started < seconds:
-        rows = min(rows, -(-(recovery.generated_tokens - total) // recovery.generated_length))
-        beginnings = prompts(stream, vocabulary, rows, index, recovery.seed)
+        rows = min(rows, -(-(recovery.generated_tokens - total) // length))
+        beginnings = prompts(stream, vocabulary, rows, index, recovery.seed, begin)
         seed = recovery.seed * 1_000_003 + index
-        ids = sample(
-            writer, beginnings, recovery.generated_length, seed=seed, deadline=started + seconds, progress=tell
-        )
+        try:
+            ids = sample(writer, beginnings, length, seed=seed, deadline=started + seconds, progress=tell)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            if rows < 2:
+                raise
+            rows //= 2
+            continue
         found.append(ids.flatten())
         total, index = total + ids.numel(), index + 1
+    if device.type == "cuda":
+        del writer
+        torch.cuda.empty_cache()
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
 

@@ -62,9 +62,9 @@ class Recovery:
     length: int = 1024
     accumulate: int = 1
     generated_tokens: int = 32_000_000
-    generation_share: float = 0.2
-    generated_share: float = 0.75
-    generated_rows: int = 1024
+    generation_share: float = 0.15
+    generated_share: float = 0.9
+    generated_rows: int = 4096
     generated_length: int = 512
     temperature: float = 1.0
     validations: int = 16

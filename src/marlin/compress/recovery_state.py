@@ -30,7 +30,7 @@ NOT_NUMERIC = ("progress", "resume_dir", "checkpoint_minutes")
 @dataclass
 class State:
     """Where a run stands. seconds: trained; budget: seconds of training in all; first, lowest: held-out divergence;
-    history: [step, divergence] of each validation; best: the trained tensors at best_step, on the CPU."""
+    history: [step, divergence] of each validation; best: the trained tensors at best_step, where they are trained."""
 
     step: int
     seconds: float
@@ -43,7 +43,10 @@ class State:
 
     def keep(self, parameters: list[nn.Parameter]) -> None:
         """Take the tensors as they are for the best."""
-        self.best = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+        if not self.best:
+            self.best = [torch.empty_like(parameter, requires_grad=False) for parameter in parameters]
+        for kept, parameter in zip(self.best, parameters, strict=True):
+            kept.copy_(parameter.detach())
 
 
 def _identity(recovery: Any, teacher: nn.Module, weights: Mapping[str, Weight], ids: torch.Tensor) -> dict[str, str]:
@@ -107,7 +110,7 @@ class RecoveryState:
         if self.folder is None:
             return
         tensors = {f"now.{i}": p.detach().cpu().contiguous() for i, p in enumerate(parameters)}
-        tensors |= {f"best.{i}": p.contiguous() for i, p in enumerate(state.best)}
+        tensors |= {f"best.{i}": p.cpu().contiguous() for i, p in enumerate(state.best)}
         for index, moments in optimizer.state_dict()["state"].items():
             for key, value in moments.items():
                 tensors[f"adam.{index}.{key}"] = value.detach().cpu().contiguous()
@@ -122,7 +125,7 @@ class RecoveryState:
         tensors, header = found
         try:
             state = State(**json.loads(header["state"]))
-            state.best = [tensors[f"best.{i}"] for i in range(len(parameters))]
+            state.best = [tensors[f"best.{i}"].to(each.device) for i, each in enumerate(parameters)]
             moments: dict[int, dict[str, torch.Tensor]] = {}
             for key, value in tensors.items():
                 if key.startswith("adam."):

@@ -9,13 +9,13 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from marlin.formats import Weight
+from marlin.formats import LowRank, Weight
 
 POSITION_BITS = 1.0
-SCALE_BITS = 16.0
+FLOAT_BITS = 16.0
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class LayerReport:
     the recipe corrects, compared with the outputs of the corrected weight.
     damping: the share used in the end. tokens: calibration tokens that reached it. seconds: of the solver, shared
     evenly by weight count among layers solved together. note: anything that differs from what the recipe asked for.
+    low_rank: rank of its low-rank correction.
     """
 
     name: str
@@ -39,14 +40,17 @@ class LayerReport:
     tokens: int
     seconds: float
     note: str = ""
+    low_rank: int = 0
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per dense weight, scales (16 bits) and positions included; 16 for what is left alone."""
+        """Stored bits per dense weight, scales (16 bits), positions and low-rank correction included; 16 for what is
+        left alone."""
         group = self.group_size if self.group_size > 0 else self.k
+        thin = FLOAT_BITS * self.low_rank * (self.n + self.k) / (self.n * self.k)
         return {
-            "w4a16_sp24": 2.0 + POSITION_BITS + SCALE_BITS / group,
-            "w4a16_dense": 4.0 + SCALE_BITS / group,
+            "w4a16_sp24": 2.0 + POSITION_BITS + FLOAT_BITS / group + thin,
+            "w4a16_dense": 4.0 + FLOAT_BITS / group + thin,
             "sp24": 8.0 + POSITION_BITS,
         }.get(self.kind, 16.0)
 
@@ -67,11 +71,13 @@ Progress = Callable[[Event], None]
 
 @dataclass
 class Compressed:
-    """weights: canonical weight by module name (kinds that have one). report: one row per linear layer."""
+    """weights: canonical weight by module name (kinds that have one). report: one row per linear layer. low_rank: what
+    is added to some of the weights."""
 
     weights: dict[str, Weight]
     report: list[LayerReport]
     seconds: float = 0.0
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
 
     def bits_per_weight(self) -> float:
         """Mean stored bits over the weights of the decoder's linear layers."""

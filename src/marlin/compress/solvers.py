@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from marlin.compress.graphs import replayed
 from marlin.compress.hessian import Factor
 from marlin.compress.recipe import LayerRecipe
+from marlin.errors import require
 from marlin.formats import CompressedWeight, DenseInt4Weight, Weight, expand_scales, quantize, top2_mask
 from marlin.formats.int4 import QMAX, QMIN
 
@@ -76,9 +78,60 @@ def clip_scales(
     return best
 
 
-def _top2_rows(score: torch.Tensor) -> torch.Tensor:
-    """`top2_mask` along the first dimension of score [4, N]."""
-    return top2_mask(score.T).T
+def _clip_scales(
+    columns: torch.Tensor, mask: torch.Tensor | None, cost: torch.Tensor | None, steps: int
+) -> tuple[torch.Tensor, ...]:
+    return (clip_scales(columns, mask, cost, steps),)
+
+
+def _keep_two(score: torch.Tensor) -> torch.Tensor:
+    """`top2_mask` along the first dimension of score [4, N], without its check, which waits for the device."""
+    index = torch.arange(4, device=score.device)
+    earlier = (index.unsqueeze(0) < index.unsqueeze(1)).unsqueeze(-1)
+    own, other = score.unsqueeze(1), score.unsqueeze(0)
+    return ((other > own) | ((other == own) & earlier)).sum(1) < 2
+
+
+def sweep_columns(
+    work: torch.Tensor,
+    upper: torch.Tensor,
+    scale: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    prune: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Treat the columns of one group in order: (done, codes, mask, scaled errors), each [g, N].
+
+    Shapes: work [g, N], as all columns before left it; upper [g, g], the factor's part; scale [N] (None: values stay
+    floating-point); mask bool [g, N], where it is already chosen. Without prune the mask returned means nothing.
+    """
+    size, diagonal = work.shape[0], upper.diagonal()
+    done, errors = torch.empty_like(work), torch.empty_like(work)
+    codes = torch.zeros_like(work, dtype=torch.int8)
+    kept = torch.zeros_like(work, dtype=torch.bool) if mask is None else mask.clone()
+    inverse = None if scale is None else scale.reciprocal()
+    for first in range(0, size, 4):
+        quad = work[first : first + 4]
+        quad = quad - upper[:first, first : first + 4].T @ errors[:first] if first else quad.clone()
+        if prune and mask is None:
+            # The cost of dropping an entry: w^2 / U_jj^2 (SparseGPT).
+            kept[first : first + 4] = _keep_two((quad / diagonal[first : first + 4, None]).square_())
+        for i in range(4):
+            column, at = quad[i], first + i
+            target = column
+            if inverse is not None and scale is not None:
+                code = (column * inverse).round_().clamp_(QMIN, QMAX)
+                if prune:
+                    code.mul_(kept[at])
+                codes[at] = code
+                target = code * scale
+            elif prune:
+                target = column * kept[at]
+            done[at] = target
+            torch.sub(column, target, out=errors[at])
+            errors[at].div_(diagonal[at])
+            if i < 3:
+                quad[i + 1 :].addr_(upper[at, at + 1 : first + 4], errors[at], alpha=-1)
+    return done, codes, kept, errors
 
 
 @dataclass
@@ -96,44 +149,18 @@ class _Sweep:
     mask: torch.Tensor
     scales: torch.Tensor
 
-    def saliency(self, start: int, stop: int, work: torch.Tensor) -> torch.Tensor:
-        """Cost of dropping each entry: w^2 / U_jj^2 (SparseGPT)."""
-        return (work / self.factor.diagonal[start:stop, None]).square_()
-
     def block(self, start: int, stop: int, scale: torch.Tensor | None, fixed: bool) -> torch.Tensor:
         """Treat columns start..stop: fills done, codes, mask; returns the scaled errors [stop - start, N].
 
         scale [N] (None: values stay floating-point); fixed: the mask is already chosen.
         """
-        upper = self.factor.upper[start:stop, start:stop]
-        errors = torch.empty(stop - start, self.work.shape[1], device=self.work.device)
-        inverse = None if scale is None else scale.reciprocal()
-        for first in range(0, stop - start, 4):
-            quad = self.work[start + first : start + first + 4]
-            if first:
-                quad = quad - upper[:first, first : first + 4].T @ errors[:first]
-            else:
-                quad = quad.clone()
-            if self.prune and not fixed:
-                self.mask[start + first : start + first + 4] = _top2_rows(
-                    self.saliency(start + first, start + first + 4, quad)
-                )
-            for i in range(4):
-                column, at = quad[i], start + first + i
-                target = column
-                if inverse is not None and scale is not None:
-                    code = (column * inverse).round_().clamp_(QMIN, QMAX)
-                    if self.prune:
-                        code.mul_(self.mask[at])
-                    self.codes[at] = code
-                    target = code * scale
-                elif self.prune:
-                    target = column * self.mask[at]
-                self.done[at] = target
-                torch.sub(column, target, out=errors[first + i])
-                errors[first + i].div_(self.factor.diagonal[at])
-                if i < 3:
-                    quad[i + 1 :].addr_(upper[first + i, first + i + 1 : first + 4], errors[first + i], alpha=-1)
+        upper, mask = self.factor.upper[start:stop, start:stop], self.mask[start:stop] if fixed else None
+        done, codes, kept, errors = replayed(sweep_columns, self.work[start:stop], upper, scale, mask, prune=self.prune)
+        self.done[start:stop] = done
+        if scale is not None:
+            self.codes[start:stop] = codes
+        if self.prune:
+            self.mask[start:stop] = kept
         return errors
 
     def group_scale(self, start: int, stop: int) -> torch.Tensor:
@@ -146,7 +173,7 @@ class _Sweep:
             self.block(start, stop, None, fixed=False)
             values, mask = self.done[start:stop], self.mask[start:stop]
         cost = self.factor.diagonal[start:stop].reciprocal().square()
-        return clip_scales(values, mask, cost, self.recipe.search_steps)
+        return replayed(_clip_scales, values, mask, cost, steps=self.recipe.search_steps)[0]
 
     def run(self) -> None:
         k = self.work.shape[0]
@@ -158,8 +185,8 @@ class _Sweep:
             stop = min(start + block, k)
             scale = row_scale
             if self.to_codes and scale is None:
-                scale = self.group_scale(start, stop)
-                self.scales[start // block] = scale
+                self.scales[start // block] = self.group_scale(start, stop)
+                scale = self.scales[start // block]
             errors = self.block(start, stop, scale, fixed=self.to_codes and row_scale is None and self.prune)
             if stop < k:
                 self.work[stop:].addmm_(self.factor.upper[start:stop, stop:].T, errors, alpha=-1)
@@ -167,7 +194,7 @@ class _Sweep:
     def _row_scale(self) -> torch.Tensor:
         mask = None
         if self.prune:
-            mask = top2_mask(self.saliency(0, self.work.shape[0], self.work).T).T
+            mask = top2_mask((self.work / self.factor.diagonal[:, None]).square_().T).T
         cost = self.factor.diagonal.reciprocal().square()
         scale = clip_scales(self.work, mask, cost, self.recipe.search_steps)
         self.scales[0] = scale
@@ -198,6 +225,7 @@ def sweep(weight: torch.Tensor, factor: Factor, recipe: LayerRecipe, group_size:
         scales=torch.zeros(groups, n, device=weight.device),
     )
     state.run()
+    require(bool(state.done.isfinite().all()), "sweep", "weights and factor must be finite", "NaN or infinity")
     mask = state.mask.T.contiguous() if prune else None
     if not to_codes:
         return Solution(state.done.T.contiguous(), mask, None, None, group_size)

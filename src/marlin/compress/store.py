@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from marlin.compress.report import LayerReport, write_text
 from marlin.errors import CheckpointError, message
-from marlin.formats import CompressedWeight, DenseInt4Weight, Weight
+from marlin.formats import CompressedWeight, DenseInt4Weight, LowRank, Weight
 
 VERSION = 1
 SAMPLED = 4096
@@ -30,19 +30,24 @@ OP = "resume"
 
 @dataclass
 class BlockResult:
-    """weights: canonical weights; floats: dense fp32 values of layers that have no packed form; by full module name."""
+    """weights: canonical weights; floats: dense fp32 values of layers that have no packed form; low_rank: corrections
+    of some weights; by full module name."""
 
     weights: dict[str, Weight]
     floats: dict[str, torch.Tensor]
     report: list[LayerReport]
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
 
 
 def fingerprint(
-    model: nn.Module, calibration: torch.Tensor, recipe_json: str, options: dict[str, Any]
+    model: nn.Module, calibration: torch.Tensor, recipe_json: str, options: dict[str, Any], identity: str | None = None
 ) -> dict[str, str]:
-    """Hashes of what a result depends on; of each parameter shape, dtype and up to 4096 evenly spaced values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    """Hashes of what a result depends on; of each parameter shape, dtype and up to 4096 evenly spaced values.
+
+    identity: of a model whose values are elsewhere.
+    """
+    digest = hashlib.sha256((identity or "").encode())
+    for name, tensor in sorted(model.state_dict().items() if identity is None else ()):
         flat = tensor.detach().flatten()
         step = max(1, flat.numel() // SAMPLED)
         values = flat[::step][:SAMPLED].float().cpu().contiguous()
@@ -94,6 +99,8 @@ class Store:
             if isinstance(weight, CompressedWeight):
                 tensors[f"{name}.positions"] = weight.positions.cpu()
             groups[name] = weight.group_size
+        for name, low in result.low_rank.items():
+            tensors[f"{name}.low_rank_up"], tensors[f"{name}.low_rank_down"] = low.up.cpu(), low.down.cpu()
         tensors.update({f"{name}.dense": value.cpu().contiguous() for name, value in result.floats.items()})
         header = {
             "report": json.dumps([asdict(row) for row in result.report]),
@@ -124,7 +131,9 @@ class Store:
                 message(OP, f"{path.name} must be whole", str(error), f"Delete {path} and start again.")
             ) from error
         floats = {key.removesuffix(".dense"): value for key, value in tensors.items() if key.endswith(".dense")}
-        return BlockResult(weights, floats, report)
+        ranked = [name for name in groups if f"{name}.low_rank_up" in tensors]
+        low = {name: LowRank(tensors[f"{name}.low_rank_up"], tensors[f"{name}.low_rank_down"]) for name in ranked}
+        return BlockResult(weights, floats, report, low)
 
 
 def _weight(tensors: dict[str, torch.Tensor], name: str, group_size: int) -> Weight:

@@ -1,24 +1,23 @@
 """Token streams that recovery trains on: the calibration text, and text that the dense model writes itself.
 
-Owns sampling from a model, keeping a held-out tail of the calibration text, and drawing batches. A batch is a function
-of seed and step alone, so a run that was interrupted goes on with the batches it would have seen. Knows nothing of
-losses and weights.
+Owns keeping a held-out tail of the calibration text, the beginnings of what the model writes, and drawing batches. A
+batch is a function of seed and step alone, so a run that was interrupted goes on with the batches it would have seen.
+Knows nothing of losses and weights.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from marlin.compress.sampling import FREE
 from marlin.errors import require
 
 OP = "recover"
 HELD_OUT_SHARE, MAX_HELD_OUT_WINDOWS = 0.07, 32
 PROMPT_TOKENS = 16
+TEXT_SHARE, BEGIN_SHARE = 0.375, 0.125
 
 
 def split_held_out(stream: torch.Tensor, length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,53 +36,23 @@ def split_held_out(stream: torch.Tensor, length: int, rows: int) -> tuple[torch.
     return stream[:cut], stream[cut:].view(held, length)
 
 
-def prompts(stream: torch.Tensor, vocabulary: int, rows: int, round_index: int, seed: int) -> torch.Tensor:
-    """Beginnings to continue, int64 [rows, P]: in even rounds pieces of the text, in odd ones a single random token.
+def prompts(
+    stream: torch.Tensor, vocabulary: int, rows: int, round_index: int, seed: int, begin: int | None = None
+) -> torch.Tensor:
+    """Beginnings to continue, int64 [rows, P]: pieces of the text, single tokens drawn evenly from the vocabulary, and
+    the token `begin`, if any, that texts of the model begin with; FREE after a single token.
 
-    Why both: the one kind stays near the text, the other goes wherever the model does.
+    Why several: the first stay near the text, the others go wherever the model does.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + round_index) % 2**63)
-    if round_index % 2:
-        return torch.randint(0, vocabulary, (rows, 1), generator=generator)
     starts = torch.randint(0, max(stream.numel() - PROMPT_TOKENS, 1), (rows,), generator=generator)
-    return stream.cpu()[starts.unsqueeze(1) + torch.arange(PROMPT_TOKENS)]
-
-
-@torch.no_grad()
-def sample(
-    model: Any,
-    beginnings: torch.Tensor,
-    length: int,
-    *,
-    seed: int,
-    temperature: float = 1.0,
-    deadline: float = float("inf"),
-    progress: Callable[[int, int], None] | None = None,
-) -> torch.Tensor:
-    """Continue beginnings int64 [B, P] to `length` tokens by sampling from model's distribution, on its device.
-
-    Returns int64 [B, T] on the CPU, T <= length; shorter when time.monotonic() passes deadline.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    ids = beginnings.to(device)
-    found, past, step = [ids], None, ids
-    for index in range(length - ids.shape[1]):
-        out = model(input_ids=step, past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        scores = out.logits[:, -1].float() / temperature
-        # Why: the largest of log p plus Gumbel noise is a draw from p; much faster than torch.multinomial.
-        noise = torch.empty_like(scores).exponential_(generator=generator)
-        step = (scores.softmax(-1) / noise).argmax(-1, keepdim=True)
-        found.append(step)
-        if index % 16 == 0:
-            if progress is not None:
-                progress(index, length)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if time.monotonic() > deadline:
-                break
-    return torch.cat(found, 1).cpu()
+    pieces = stream.cpu()[starts.unsqueeze(1) + torch.arange(PROMPT_TOKENS)]
+    single = torch.full((rows, PROMPT_TOKENS), FREE)
+    single[:, 0] = torch.randint(0, vocabulary, (rows,), generator=generator)
+    kind = torch.rand(rows, generator=generator)
+    if begin is not None:
+        single[kind > 1 - BEGIN_SHARE, 0] = begin
+    return torch.where((kind < TEXT_SHARE).unsqueeze(1), pieces, single)
 
 
 @dataclass
@@ -108,6 +77,9 @@ class Batches:
             count = int((picks == index).sum())
             if count:
                 starts = torch.randint(0, stream.numel() - self.length + 1, (count,), generator=generator)
-                columns = starts.to(stream.device).unsqueeze(1) + torch.arange(self.length, device=stream.device)
+                if stream.is_cuda:
+                    # Why pinned: the copy is then queued, and the host runs ahead of the device.
+                    starts = starts.pin_memory().to(stream.device, non_blocking=True)
+                columns = starts.unsqueeze(1) + torch.arange(self.length, device=stream.device)
                 parts.append(stream[columns])
         return torch.cat(parts)

@@ -12,15 +12,17 @@ import time
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 
+from marlin.compress import graphs
 from marlin.compress.block import BlockMaterial, compress_block, write_back
-from marlin.compress.blocks import BlockRunner, capture_calls, decoder_blocks, dense_pass, linear_layers
+from marlin.compress.blocks import BlockRunner, Call, capture_calls, decoder_blocks, dense_pass, linear_layers
 from marlin.compress.recipe import LayerRecipe, Recipe
 from marlin.compress.report import Compressed, Event, LayerReport, Progress
-from marlin.compress.store import Store, fingerprint
+from marlin.compress.store import BlockResult, Store, fingerprint
 from marlin.errors import message, require
 
 OP = "compress_model"
@@ -108,13 +110,32 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, LayerRecipe]:
     return plan
 
 
+class Keeper(Protocol):
+    """Where the blocks of a model are kept while they are not worked on: for models that memory does not hold."""
+
+    def identity(self) -> str:
+        """What tells this model from others."""
+
+    def open(self, name: str, block: nn.Module) -> None:
+        """Give the block of this name its values, on the CPU."""
+
+    def close(self, name: str, block: nn.Module, result: BlockResult) -> None:
+        """Take the block's result and its other values away."""
+
+
 @torch.no_grad()
 def compress_model(
-    model: nn.Module, calibration: torch.Tensor, recipe: Recipe, *, options: Options | None = None
+    model: nn.Module,
+    calibration: torch.Tensor,
+    recipe: Recipe,
+    *,
+    options: Options | None = None,
+    keeper: Keeper | None = None,
 ) -> Compressed:
     """Compress the linear layers of model's decoder blocks; the model is left with the fake-quantized weights.
 
-    calibration: int64 token ids [samples, tokens] (`calibration_windows`); all positions count.
+    calibration: int64 token ids [samples, tokens] (`calibration_windows`); all positions count. keeper: has the blocks'
+    values, which are on the meta device before and after; it gets the results, and only the report is returned.
     Returns canonical weights by module name and a report of every linear layer. Equal inputs on the same machine give
     equal bits, with or without an interruption in between.
     Raises: ValueError (calibration, recipe or layer shapes; NaN or infinite inputs; a Hessian that no damping mends),
@@ -131,14 +152,17 @@ def compress_model(
     if options.resume_dir is not None:
         numeric = {"autocast": str(autocast), "batch": options.batch, "device": str(options.device)}
         numeric |= {"seed": options.seed, "sequential": options.sequential}
-        store = Store(options.resume_dir, fingerprint(model, calibration, recipe.to_json(), numeric))
+        identity = None if keeper is None else keeper.identity()
+        store = Store(options.resume_dir, fingerprint(model, calibration, recipe.to_json(), numeric, identity))
     was_training = model.training
     model.eval()
     try:
         with torch.random.fork_rng(enabled=True):
             torch.manual_seed(options.seed)
-            result = _walk(model, calibration, plan, options, autocast, store, started)
+            walk = _Walk(model, plan, options, autocast, store, keeper, started)
+            result = walk.run(calibration)
     finally:
+        graphs.release()
         model.train(was_training)
     result.seconds = time.perf_counter() - started
     return result
@@ -153,51 +177,74 @@ def _waiting_place(device: torch.device, hidden: list[torch.Tensor]) -> torch.de
     return torch.device("cpu")
 
 
-def _walk(
-    model: nn.Module,
-    calibration: torch.Tensor,
-    plan: dict[str, LayerRecipe],
-    options: Options,
-    autocast: torch.dtype | None,
-    store: Store | None,
-    started: float,
-) -> Compressed:
-    prefix, blocks = decoder_blocks(model)
-    device = torch.device(options.device)
+@dataclass
+class _Walk:
+    """One run through a model's blocks."""
 
-    def tell(stage: str, done: int, layers: list[LayerReport]) -> None:
-        if options.progress is not None:
-            seconds = time.perf_counter() - started
-            options.progress(Event(stage, done, len(blocks), seconds, tuple(layers)))
+    model: nn.Module
+    plan: dict[str, LayerRecipe]
+    options: Options
+    autocast: torch.dtype | None
+    store: Store | None
+    keeper: Keeper | None
+    started: float
 
-    captured = capture_calls(model, blocks, calibration, options.batch)
-    place = _waiting_place(device, captured.hidden)
-    hidden = [h.to(place) for h in captured.hidden]
-    # Why a second stream: correcting compares with what the dense model computes for the same tokens.
-    dense = list(hidden) if any(recipe.correct > 0 for recipe in plan.values()) else None
-    tell("capture", 0, [])
-    compressed = Compressed({}, [])
-    for index, block in enumerate(blocks):
-        calls = captured.calls[index]
-        home = next(block.parameters()).device
+    def run(self, calibration: torch.Tensor) -> Compressed:
+        """Compress block by block."""
+        prefix, blocks = decoder_blocks(self.model)
+        captured = capture_calls(self.model, blocks, calibration, self.options.batch)
+        place = _waiting_place(torch.device(self.options.device), captured.hidden)
+        hidden = [h.to(place) for h in captured.hidden]
+        # Why a second stream: correcting compares with what the dense model computes for the same tokens.
+        dense = list(hidden) if any(recipe.correct > 0 for recipe in self.plan.values()) else None
+        self._tell("capture", 0, len(blocks), [])
+        compressed = Compressed({}, [])
+        for index, block in enumerate(blocks):
+            name, last = f"{prefix}.{index}", index + 1 == len(blocks)
+            if self.keeper is not None:
+                self.keeper.open(name, block)
+            stage, result, hidden, dense = self._block(index, name, block, captured.calls[index], hidden, dense, last)
+            if self.keeper is not None:
+                self.keeper.close(name, block, result)
+            else:
+                compressed.weights.update(result.weights)
+                compressed.low_rank.update(result.low_rank)
+            compressed.report.extend(result.report)
+            self._tell(stage, index + 1, len(blocks), result.report)
+        return compressed
+
+    def _block(
+        self,
+        index: int,
+        name: str,
+        block: nn.Module,
+        calls: list[Call],
+        hidden: list[torch.Tensor],
+        dense: list[torch.Tensor] | None,
+        last: bool,
+    ) -> tuple[str, BlockResult, list[torch.Tensor], list[torch.Tensor] | None]:
+        """(stage, result, inputs of the next block, the same in the dense model) of one block, left with its result."""
+        device, home = torch.device(self.options.device), next(block.parameters()).device
         block.to(device)
-        run = BlockRunner(block, device, autocast)
-        names = {name: f"{prefix}.{index}.{name}" for name in linear_layers(block)}
-        result = store.load(index) if store is not None else None
-        corrects = any(plan[name].correct > 0 for name in names.values())
+        run = BlockRunner(block, device, self.autocast)
+        names = {layer: f"{name}.{layer}" for layer in linear_layers(block)}
+        result = self.store.load(index) if self.store is not None else None
+        corrects = any(self.plan[layer].correct > 0 for layer in names.values())
         passed = None if dense is None else dense_pass(run, dense, calls, corrects and result is None)
         stage = "block" if result is None else "resumed"
         if result is None:
             material = BlockMaterial(run, hidden, calls, passed if corrects else None)
-            result = compress_block(material, names, plan, bool(options.sequential))
-            if store is not None:
-                store.save(index, result)
+            result = compress_block(material, names, self.plan, bool(self.options.sequential))
+            if self.store is not None:
+                self.store.save(index, result)
         write_back(linear_layers(block), names, result)
-        if index + 1 < len(blocks):
+        if not last:
             hidden = [run(h, call) for h, call in zip(hidden, calls, strict=True)]
             dense = None if passed is None else passed.outputs
         block.to(home)
-        compressed.weights.update(result.weights)
-        compressed.report.extend(result.report)
-        tell(stage, index + 1, result.report)
-    return compressed
+        return stage, result, hidden, dense
+
+    def _tell(self, stage: str, done: int, total: int, layers: list[LayerReport]) -> None:
+        if self.options.progress is not None:
+            seconds = time.perf_counter() - self.started
+            self.options.progress(Event(stage, done, total, seconds, tuple(layers)))

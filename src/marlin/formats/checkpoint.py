@@ -6,7 +6,9 @@ A directory is what Hugging Face writes, with `quantization_config` in config.js
      "layers": {"model.layers.0.mlp.up_proj": {"kind": "w4a16_sp24", "group_size": 128, "shape": [N, K]}, ...}}
 
 and, for each of these layers, tensors `<layer>.codes`, `.meta` (2:4 only), `.scales` in the packed layout of
-`marlin.formats.layouts.fragment`, and `.bias` [N] where the layer has one. All other tensors are as the model defines.
+`marlin.formats.layouts.fragment`, and `.bias` [N] where the layer has one. A layer with `"low_rank": r` also has
+`.low_rank_up` [N, r] and `.low_rank_down` [r, K], whose product is added to its weight. All other tensors are as the
+model defines.
 
 Owns: what a description says, which tensors follow from it, and their safe reading. Nothing is allocated before header,
 dtype, shape and place have been checked. Knows nothing of modules, transformers or kernels.
@@ -41,12 +43,14 @@ _LAYER_NAME = re.compile(r"\w+(\.\w+)*")
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One quantized layer of a description: kind, group_size (dense positions, or -1), and the weight's N and K."""
+    """One quantized layer of a description: kind, group_size (dense positions, or -1), the weight's N and K, and the
+    rank of its low-rank correction, 0 without one."""
 
     kind: str
     group_size: int
     n: int
     k: int
+    low_rank: int = 0
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that this layer must have, by the last part of their names."""
@@ -56,21 +60,30 @@ class LayerSpec:
         if meta_words:
             shapes["meta"] = (tiles_n, tiles_k, meta_words)
         shapes["scales"] = (tiles_n, int4.num_groups(self.k, self.group_size), TILE_N)
+        if self.low_rank:
+            shapes |= {"low_rank_up": (self.n, self.low_rank), "low_rank_down": (self.low_rank, self.k)}
         return shapes
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {"kind": self.kind, "group_size": self.group_size, "shape": [self.n, self.k]}
+        body = {"kind": self.kind, "group_size": self.group_size, "shape": [self.n, self.k]}
+        return body | ({"low_rank": self.low_rank} if self.low_rank else {})
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _parse_layer(op: str, entry: Any) -> LayerSpec:
-    if not isinstance(entry, dict) or set(entry) != {"kind", "group_size", "shape"}:
+def _parse_layer(op: str, entry: Any, low_rank: bool) -> LayerSpec:
+    if not isinstance(entry, dict) or set(entry) - {"low_rank"} != {"kind", "group_size", "shape"}:
         got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
         raise refuse(op, "the entry must have exactly kind, group_size and shape", f"{got}", _SAVE_AGAIN)
+    rank = entry.get("low_rank", 0)
+    if not _is_int(rank) or rank < 0 or ("low_rank" in entry and rank == 0):
+        raise refuse(op, "low_rank must be a positive integer", repr(rank), _SAVE_AGAIN)
+    if rank and not low_rank:
+        fix = "Load it with transformers, or compress without --low-rank."
+        raise refuse(op, "the layer must have no low-rank correction here", f"low_rank={rank}", fix)
     kind, group_size, shape = entry["kind"], entry["group_size"], entry["shape"]
     if kind not in KINDS:
         raise refuse(op, f"kind must be one of {KINDS}", repr(kind), "A newer release may read it.")
@@ -84,11 +97,14 @@ def _parse_layer(op: str, entry: Any) -> LayerSpec:
         raise refuse(op, need, f"shape={[n, k]}", _SAVE_AGAIN)
     if group_size != -1 and k % group_size:
         raise refuse(op, f"K must be a multiple of group_size={group_size}", f"K={k}", _SAVE_AGAIN)
-    return LayerSpec(kind, group_size, n, k)
+    if rank > min(n, k):
+        raise refuse(op, f"low_rank must be at most {min(n, k)}", f"{rank}", _SAVE_AGAIN)
+    return LayerSpec(kind, group_size, n, k, rank)
 
 
-def parse_description(config: Any, source: str = CONFIG_FILE) -> dict[str, LayerSpec]:
-    """Layers of a `quantization_config`, checked. source: the file that errors name.
+def parse_description(config: Any, source: str = CONFIG_FILE, low_rank: bool = False) -> dict[str, LayerSpec]:
+    """Layers of a `quantization_config`, checked. source: the file that errors name. low_rank: whether the caller adds
+    low-rank corrections; otherwise layers with one are refused.
 
     Raises: CheckpointError (quant_method, version, or a layer's entry; the text names key, value and way out).
     """
@@ -111,7 +127,7 @@ def parse_description(config: Any, source: str = CONFIG_FILE) -> dict[str, Layer
             raise refuse(
                 op, "names of layers must be module names, as model.layers.0.mlp.up_proj", repr(name), _SAVE_AGAIN
             )
-    return {name: _parse_layer(f"{op}, layer {name}", entry) for name, entry in layers.items()}
+    return {name: _parse_layer(f"{op}, layer {name}", entry, low_rank) for name, entry in layers.items()}
 
 
 def describe(layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
@@ -139,7 +155,7 @@ def check_layer_tensors(layers: Mapping[str, LayerSpec], tensors: Mapping[str, T
             if name not in tensors:
                 fix = "Copy or download all of the files again."
                 raise refuse(source, f"{spec.kind} layer {layer} must have a tensor {name!r}", "none", fix)
-            _check_tensor(name, tensors[name], _SCALE_DTYPES if leaf == "scales" else ("I32",), shape)
+            _check_tensor(name, tensors[name], ("I32",) if leaf in ("codes", "meta") else _SCALE_DTYPES, shape)
         if f"{layer}.bias" in tensors:
             _check_tensor(f"{layer}.bias", tensors[f"{layer}.bias"], _SCALE_DTYPES, (spec.n,))
     for name, entry in tensors.items():
@@ -294,7 +310,7 @@ def open_directory(directory: Path | str) -> Checkpoint:
     if "quantization_config" not in config:
         fix = "Compress the model first: marlin compress MODEL OUT."
         raise refuse(str(config_path), "the model must be compressed (key quantization_config)", "no such key", fix)
-    layers = parse_description(config["quantization_config"], str(config_path))
+    layers = parse_description(config["quantization_config"], str(config_path), low_rank=True)
     tensors = read_headers(directory)
     check_layer_tensors(layers, tensors, str(directory))
     return Checkpoint(directory, layers, tensors, config)
@@ -304,7 +320,7 @@ def open_directory(directory: Path | str) -> Checkpoint:
 class LayerSummary:
     """One quantized layer as `marlin inspect` shows it; the zero fraction is computed when first asked for.
 
-    nbytes: codes, metadata and scales, padding included; a bias is not counted.
+    nbytes: codes, metadata, scales and low-rank correction, padding included; a bias is not counted.
     """
 
     name: str
@@ -314,7 +330,7 @@ class LayerSummary:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per dense weight, scales and metadata included."""
+        """Stored bits per dense weight, scales, metadata and low-rank correction included."""
         return 8 * self.nbytes / (self.spec.n * self.spec.k)
 
     @cached_property
@@ -327,6 +343,7 @@ class LayerSummary:
         """Flat JSON form; zero_fraction=False leaves the codes unread."""
         row = {"name": self.name, "kind": self.spec.kind, "n": self.spec.n, "k": self.spec.k}
         row |= {"group_size": self.spec.group_size, "bytes": self.nbytes, "bits_per_weight": self.bits_per_weight}
+        row |= {"low_rank": self.spec.low_rank} if self.spec.low_rank else {}
         return row | ({"zero_fraction": self.zero_fraction} if zero_fraction else {})
 
 

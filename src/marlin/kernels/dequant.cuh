@@ -5,7 +5,7 @@
 namespace marlin {
 
 // Group size of weights with one scale per row: longer than any row, and a multiple of every chunk.
-constexpr int kWholeRow = 1 << 30;
+[[maybe_unused]] constexpr int kWholeRow = 1 << 30;
 
 // Register r of an A fragment from a packed word: nibbles r (low half) and r + 4 (high half), each code + 8.
 //
@@ -45,6 +45,17 @@ __device__ __forceinline__ void dequantize(u32 (&a)[4], u32 word, u32 scales) {
     a[1] = scale_pair<kBf16>(code_pair<kBf16, 1>(word), row[1]);
     a[2] = scale_pair<kBf16>(code_pair<kBf16, 2>(word), row[0]);
     a[3] = scale_pair<kBf16>(code_pair<kBf16, 3>(word), row[1]);
+}
+
+// One of them; r must be known when the kernel is compiled.
+template <bool kBf16>
+__device__ __forceinline__ u32 dequantize_register(u32 word, u32 scales, int r) {
+    const u32 row = r % 2 == 0 ? permute_bytes<0x1010>(scales) : permute_bytes<0x3232>(scales);
+    const u32 codes = r == 0   ? code_pair<kBf16, 0>(word)
+                      : r == 1 ? code_pair<kBf16, 1>(word)
+                      : r == 2 ? code_pair<kBf16, 2>(word)
+                               : code_pair<kBf16, 3>(word);
+    return scale_pair<kBf16>(codes, row);
 }
 
 }  // namespace marlin

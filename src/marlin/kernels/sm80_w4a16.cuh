@@ -5,7 +5,7 @@
 // Block:    BLOCK_N features x BLOCK_M tokens; WARPS_N x WARPS_M x WARPS_K warps. A warp owns kFragsN fragments of
 //           16 features, kFragsM of 8 tokens, and every WARPS_K-th 64 columns of a chunk of BLOCK_K.
 // Pipeline: STAGES buffers filled by cp.async, one commit group a chunk, one __syncthreads a chunk; the producer's
-//           cursor runs STAGES - 1 chunks ahead, across tiles (schedule.cuh).
+//           cursor runs STAGES - 1 chunks ahead, across tiles (schedule.cuh). Tiles of many tokens: pipelined.cuh.
 // Stage:    act [BLOCK_M][BLOCK_K] 16-bit, 16-byte pieces swizzled by row % 8; then packed tiles as they lie in
 //           memory (layout drawn in formats/layouts/fragment.py): codes, metadata, scales.
 // Sums:     over WARPS_K by a reduce-scatter through shared memory, over blocks of a split tile through the
@@ -13,6 +13,7 @@
 //           It leaves the ticket 0, so no launch has to clear anything.
 #pragma once
 #include "dequant.cuh"
+#include "pipelined.cuh"
 #include "sums.cuh"
 #include "tile.cuh"
 
@@ -136,7 +137,7 @@ __device__ __forceinline__ void multiply_step(Sums<T>& acc, const u32 (&a)[T::kF
 template <class T>
 __device__ __forceinline__ void multiply_chunk(Sums<T>& acc, u32 stage, const Thread<T>& th) {
     const u32 act = stage + th.warp_m * T::kFragsM * 8 * T::kActRowBytes;
-#pragma unroll(T::kLarge ? 1 : T::kTilesK / T::WARPS_K)
+#pragma unroll
     for (int kt = 0; kt < T::kTilesK / T::WARPS_K; ++kt) {
         const int tile_k = kt * T::WARPS_K + th.warp_k;
         PackedTile<T> tile;
@@ -150,7 +151,7 @@ __device__ __forceinline__ void multiply_chunk(Sums<T>& acc, u32 stage, const Th
 }
 
 template <class T>
-__device__ __forceinline__ void w4a16_kernel(const Args& args, char* smem_base) {
+__device__ __forceinline__ void w4a16_chunked(const Args& args, char* smem_base) {
     const Thread<T> th(thread_index());
     const u32 smem = smem_address(smem_base);
     const Schedule& s = args.schedule;
@@ -189,6 +190,15 @@ __device__ __forceinline__ void w4a16_kernel(const Args& args, char* smem_base) 
             if constexpr (T::WARPS_K > 1) __syncthreads();  // reduce_warps reads the scratch until here
             store_tile<T>(acc, args, at, smem + T::STAGES * T::kStageBytes, thread());
         }
+    }
+}
+
+template <class T>
+__device__ __forceinline__ void w4a16_kernel(const Args& args, char* smem) {
+    if constexpr (T::kPipelined) {
+        w4a16_pipelined<T>(args, smem);
+    } else {
+        w4a16_chunked<T>(args, smem);
     }
 }
 

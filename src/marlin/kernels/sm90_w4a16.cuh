@@ -5,10 +5,11 @@
 // Block:    BLOCK_N = 64 * WGS_N features x BLOCK_M tokens. WGS_N * WGS_K warpgroups multiply, one more warp copies.
 //           A warpgroup owns 64 features x all tokens, and every WGS_K-th 64 columns of a chunk of BLOCK_K.
 // Pipeline: STAGES buffers in shared memory. One thread fills them by the copy engine (copy_sm90.cuh): packed tiles as
-//           they lie in memory, activations in panels of 64 columns with 128-byte swizzle. Barrier full[i]: all bytes are
-//           there; empty[i]: all warps have read them. Its cursor runs ahead across tiles (schedule.cuh).
+//           they lie in memory, activations in panels of 64 columns with 128-byte swizzle. Barriers of a stage: its weights
+//           are there; its tokens are; all warps have read both. Its cursor runs ahead across tiles (schedule.cuh).
 // Products: of a unit (64 columns of a 2:4 weight, 32 of a dense one) a thread fetches its packed words, makes A fragments
-//           of them, and starts wgmma; the next unit is fetched and dequantized while these products run.
+//           of them, and starts wgmma; meanwhile it does the same for the next unit. With few tokens and registers to
+//           spare (kAhead) these are units of the next chunk, and those of the first chunk do not wait for tokens.
 // Launch:   the ring is filled with weights before the wait for the kernel before (programmatic dependent launch);
 //           activations, workspace and output are touched after it. So weights must not be written by a kernel that lets
 //           its successor start early.
@@ -75,9 +76,8 @@ struct Multiplier {
         }
     }
 
-    __device__ __forceinline__ void multiply(Sums90<T>& acc, const Fragments& frag, u32 stage, int unit) const {
-        const u64 tokens = panel_descriptor(stage + unit / T::kTileUnits * T::kPanelBytes + unit % T::kTileUnits * 64);
-        wgmma_fence();
+    __device__ __forceinline__ void multiply(Sums90<T>& acc, const Fragments& frag, u32 stage, int unit, int panel_bytes) const {
+        const u64 tokens = panel_descriptor(stage + unit / T::kTileUnits * panel_bytes + unit % T::kTileUnits * 64);
         if constexpr (T::kSparse) {
             wgmma_sp<0>(acc, frag.a[0], tokens, frag.meta[0]);
             wgmma_sp<1>(acc, frag.a[1], tokens + 4, frag.meta[0]);
@@ -85,13 +85,6 @@ struct Multiplier {
             wgmma(acc, frag.a[0], tokens);
             wgmma(acc, frag.a[1], tokens + 2);
         }
-        wgmma_commit();
-    }
-
-    __device__ __forceinline__ int segment_length(int done) const {
-        Segment at;
-        at.seek(args.schedule, done);
-        return at.chunk_end - at.chunk;
     }
 
     // Why opaque: places in memory that only this part needs are not kept through the main loop.
@@ -106,57 +99,128 @@ struct Multiplier {
         return (i / T::kTileUnits * T::WGS_K + group_k) * T::kTileUnits + i % T::kTileUnits;
     }
 
-    __device__ __forceinline__ void run(const Copier<T>& barriers) const {
+    __device__ __forceinline__ Copier<T> barriers() const { return {args, smem}; }
+
+    // Where the ring stands, for what reads its stages in turn.
+    struct Cursor {
+        int stage = 0, parity = 0;
+        __device__ __forceinline__ void step() {
+            if (++stage == T::STAGES) stage = 0, parity ^= 1;
+        }
+        __device__ __forceinline__ int before() const { return stage == 0 ? T::STAGES - 1 : stage - 1; }
+    };
+
+    __device__ __forceinline__ void release(int stage) const {
+        __syncwarp();
+        if (lane() == 0) mbarrier_arrive(barriers().empty(stage));
+    }
+
+    // Fragments of a chunk, as soon as its weights are there.
+    __device__ __forceinline__ void prepare(Fragments (&frag)[T::kChunkUnits], Cursor& at) const {
+        const u32 stage = smem + at.stage * T::kStageBytes;
+        mbarrier_wait(barriers().weights(at.stage), at.parity);
+        Packed packed[T::kChunkUnits];
+#pragma unroll
+        for (int i = 0; i < T::kChunkUnits; ++i) {
+            fetch(packed[i], stage, unit(i), i == 0);
+            fetch_meta(frag[i], stage, unit(i));
+        }
+#pragma unroll
+        for (int i = 0; i < T::kChunkUnits; ++i) unpack(frag[i], packed[i], packed[0]);
+        at.step();
+    }
+
+    // The fragments of the next chunk are made while products run, those of the first before there are tokens.
+    __device__ __forceinline__ void multiply_ahead(Sums90<T>& acc, Cursor& weights, Cursor& tokens, int length,
+                                                   int panel_bytes) const {
+        Fragments frag[2][T::kChunkUnits];
+        prepare(frag[0], weights);
+        int left = length;
+        auto step = [&](const Fragments (&now)[T::kChunkUnits], Fragments (&next)[T::kChunkUnits]) {
+            mbarrier_wait(barriers().tokens(tokens.stage), tokens.parity);
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < T::kChunkUnits; ++i) {
+                multiply(acc, now[i], smem + tokens.stage * T::kStageBytes, unit(i), panel_bytes);
+            }
+            wgmma_commit();
+            wgmma_wait<1>();  // products of the chunk before
+            if (left < length) release(tokens.before());
+            if (--left > 0) prepare(next, weights);
+            tokens.step();
+        };
+#pragma unroll 1
+        while (true) {
+            step(frag[0], frag[1]);
+            if (left == 0) break;
+            step(frag[1], frag[0]);
+            if (left == 0) break;
+        }
+        wgmma_wait<0>();
+        release(tokens.before());
+    }
+
+    // The fragments of the next unit are made while products run.
+    __device__ __forceinline__ void multiply_in_turn(Sums90<T>& acc, Cursor& at, int length, int panel_bytes) const {
+        constexpr int kUnits = T::kChunkUnits;
+        static_assert(kUnits % 2 == 0);
+        Packed packed[2];
+        Fragments frag[2];
+        mbarrier_wait(barriers().weights(at.stage), at.parity);
+        fetch(packed[0], smem + at.stage * T::kStageBytes, unit(0), true);
+#pragma unroll 1
+        for (int left = length; left > 0; --left) {
+            const u32 buffer = smem + at.stage * T::kStageBytes;
+            const int current = at.stage, before = at.before();
+            mbarrier_wait(barriers().tokens(at.stage), at.parity);
+            at.step();
+            fetch_meta(frag[0], buffer, unit(0));
+#pragma unroll
+            for (int i = 0; i < kUnits; ++i) {
+                if (T::kFetchEarly && i + 1 < kUnits) fetch(packed[(i + 1) % 2], buffer, unit(i + 1), false);
+                unpack(frag[i % 2], packed[T::kFetchEarly ? i % 2 : 0], packed[0]);
+                wgmma_fence();
+                multiply(acc, frag[i % 2], buffer, unit(i), panel_bytes);
+                wgmma_commit();
+                wgmma_wait<1>();  // products of the unit before, the last of the chunk before where i is 0
+                if (!T::kDrain && i == 0 && left < length) release(before);
+                if (i + 1 < kUnits) {
+                    if (!T::kFetchEarly) fetch(packed[0], buffer, unit(i + 1), false);
+                    fetch_meta(frag[(i + 1) % 2], buffer, unit(i + 1));
+                } else if (left > 1) {
+                    mbarrier_wait(barriers().weights(at.stage), at.parity);
+                    fetch(packed[0], smem + at.stage * T::kStageBytes, unit(0), true);
+                }
+            }
+            if constexpr (T::kDrain) {
+                wgmma_wait<0>();
+                release(current);
+            }
+        }
+        if constexpr (!T::kDrain) {
+            wgmma_wait<0>();
+            release(at.before());
+        }
+    }
+
+    __device__ __forceinline__ void run() const {
         const Schedule& s = args.schedule;
         const int num_chunks = s.num_local_chunks();
-        constexpr int kUnits = T::kTilesK * T::kTileUnits / T::WGS_K;  // of a chunk, that this warpgroup multiplies
-        static_assert(kUnits % 2 == 0);
-        int stage = 0, parity = 0, done = 0;
-        auto release = [&](int at) {
-            __syncwarp();
-            if (lane() == 0) mbarrier_arrive(barriers.empty(at));
-        };
-        wait_for_previous_kernel();
+        Cursor weights, tokens;
+        int done = 0;
         while (done < num_chunks) {
-            const int length = segment_length(done);
+            Segment at;
+            at.seek(s, done);
+            const int length = at.chunk_end - at.chunk, panel_bytes = args.panel_rows(at.tile_m, T::BLOCK_M) * 128;
             Sums90<T> acc = {};
 #pragma unroll
             for (int b = 0; b < T::kTokenBlocks; ++b) pin(acc[b]);
-            Packed packed[2];
-            Fragments frag[2];
-            mbarrier_wait(barriers.full(stage), parity);
-            fetch(packed[0], smem + stage * T::kStageBytes, unit(0), true);
-#pragma unroll 1
-            for (int left = length; left > 0; --left) {
-                const u32 buffer = smem + stage * T::kStageBytes;
-                const int current = stage, before = stage == 0 ? T::STAGES - 1 : stage - 1;
-                if (++stage == T::STAGES) stage = 0, parity ^= 1;
-                fetch_meta(frag[0], buffer, unit(0));
-#pragma unroll
-                for (int i = 0; i < kUnits; ++i) {
-                    // Why here: a unit's words arrive while the unit before is dequantized.
-                    if (T::kFetchEarly && i + 1 < kUnits) fetch(packed[(i + 1) % 2], buffer, unit(i + 1), false);
-                    unpack(frag[i % 2], packed[T::kFetchEarly ? i % 2 : 0], packed[0]);
-                    multiply(acc, frag[i % 2], buffer, unit(i));
-                    wgmma_wait<1>();  // products of the unit before, the last of the chunk before where i is 0
-                    if (!T::kDrain && i == 0 && left < length) release(before);
-                    if (i + 1 < kUnits) {
-                        if (!T::kFetchEarly) fetch(packed[0], buffer, unit(i + 1), false);
-                        fetch_meta(frag[(i + 1) % 2], buffer, unit(i + 1));
-                    } else if (left > 1) {
-                        mbarrier_wait(barriers.full(stage), parity);
-                        fetch(packed[0], smem + stage * T::kStageBytes, unit(0), true);
-                    }
-                }
-                if constexpr (T::kDrain) {
-                    wgmma_wait<0>();
-                    release(current);
-                }
+            if constexpr (T::kAhead) {
+                multiply_ahead(acc, weights, tokens, length, panel_bytes);
+            } else {
+                multiply_in_turn(acc, tokens, length, panel_bytes);
             }
-            if constexpr (!T::kDrain) {
-                wgmma_wait<0>();
-                release(stage == 0 ? T::STAGES - 1 : stage - 1);
-            }
+            wait_for_previous_kernel();  // before the workspace and the output are written
             finish(acc, done);
             if (T::CLUSTER > 0) break;  // a block has one tile, or one part of a tile
             done += length;
@@ -171,14 +235,15 @@ __device__ __forceinline__ void w4a16_kernel_sm90(const Args90& args, char* smem
     const Copier<T> copier{args, smem};
     if (tid == 0) {
         for (int stage = 0; stage < T::STAGES; ++stage) {
-            mbarrier_init(copier.full(stage), 1);
+            mbarrier_init(copier.weights(stage), 1);
+            mbarrier_init(copier.tokens(stage), 1);
             mbarrier_init(copier.empty(stage), T::kConsumers / 32);
         }
-        if constexpr (T::kClusters) mbarrier_init(copier.full(T::STAGES), 1);
+        if constexpr (T::kClusters) mbarrier_init(smem + T::kLastBarrierOffset, 1);
         fence_mbarrier_init();
         if constexpr (T::kClusters) {
             const int own = max(min(T::kTokenBlocks - cluster_rank() * T::kOwnBlocks, T::kOwnBlocks), 0);
-            mbarrier_arrive_expect(copier.full(T::STAGES), (T::CLUSTER - 1) * own * T::WGS_N * 2048);
+            mbarrier_arrive_expect(smem + T::kLastBarrierOffset, (T::CLUSTER - 1) * own * T::WGS_N * 2048);
         }
     }
     if constexpr (T::kClusters) {
@@ -195,7 +260,7 @@ __device__ __forceinline__ void w4a16_kernel_sm90(const Args90& args, char* smem
         // Why the exchange: the compiler then knows that all threads of a warp agree, and keeps what follows from it in
         // uniform registers, where wgmma takes its descriptors from.
         const int group = __shfl_sync(0xffffffffu, tid / 128, 0);
-        Multiplier<T>{args, smem, smem_base, tid % 128, group % T::WGS_N, group / T::WGS_N}.run(copier);
+        Multiplier<T>{args, smem, smem_base, tid % 128, group % T::WGS_N, group / T::WGS_N}.run();
     }
 }
 

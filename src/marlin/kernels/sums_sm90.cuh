@@ -59,7 +59,7 @@ struct Finisher {
     // Sums over the blocks of a cluster: each sends what others finish, and adds what they send, in their order.
     __device__ __forceinline__ void reduce_cluster(Sums90<T>& acc) const {
         const int rank = cluster_rank();
-        const u32 barrier = smem + T::kBarrierOffset + T::STAGES * 16;
+        const u32 barrier = smem + T::kLastBarrierOffset;
         const u32 place = smem + T::kPartOffset + (group_n * 128 + thread) * 16;
         if constexpr (T::kPartsInRing) sync_cluster();  // all have read their rings
 #pragma unroll
@@ -97,7 +97,7 @@ struct Finisher {
         float4* mine = args.workspace + s.slot(blockIdx.x, tile) * kSlot + place;
 #pragma unroll
         for (int b = 0; b < T::kTokenBlocks; ++b) mine[b * 128] = make_float4(acc[b][0], acc[b][1], acc[b][2], acc[b][3]);
-        int& arrived = *reinterpret_cast<int*>(smem_base + T::kBarrierOffset + T::STAGES * 16);
+        int& arrived = *reinterpret_cast<int*>(smem_base + T::kLastBarrierOffset);
         sync_threads<128 * T::WGS_N>(kBarrierFinishers);
         if (group_n == 0 && thread == 0) {
             arrived = atomic_add_acq_rel(args.tickets + tile, 1);

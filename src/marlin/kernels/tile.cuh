@@ -33,6 +33,9 @@ struct Tile {
     // Where sums take most registers, what is cheap to compute again is not kept through the main loop.
     static constexpr bool kLarge = kFragsN * kFragsM >= 16;
 
+    // Tiles of many tokens run in pipelined.cuh, the others in sm80_w4a16.cuh.
+    static constexpr bool kPipelined = BLOCK_M >= 64;
+
     static constexpr int kTilesN = BLOCK_N / 64, kTilesK = BLOCK_K / 64;
     static constexpr int kCodeWords = kSparse ? 2 : 4;  // per thread and tile of 64 x 64
     static constexpr int kChunkGroups = kGroupSize >= BLOCK_K ? 1 : BLOCK_K / kGroupSize;

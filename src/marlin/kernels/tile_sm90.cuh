@@ -8,17 +8,24 @@ namespace marlin {
 
 struct Args90 {
     // act [K / 64][M][64], codes [N / 64][K / 64][words], meta (2:4 alone) likewise, scales [N / 64][groups][64].
-    const TensorMap *act, *codes, *meta, *scales;
+    // act_tail is act in boxes of tail_rows, for the last tile of tokens.
+    const TensorMap *act, *act_tail, *codes, *meta, *scales;
     const u16* bias;  // null: none
     u16* out;
     float4* workspace;
     int* tickets;
     int m, n, k;
+    int tail_rows;  // tokens of the last tile, rounded up to 8
     Schedule schedule;
+
+    // Rows that the panels of a tile have: nothing of the others is stored, so they are not filled, and may be anything.
+    __device__ __forceinline__ int panel_rows(int tile_m, int block_m) const {
+        return tile_m == schedule.num_m_tiles - 1 ? tail_rows : block_m;
+    }
 };
 
 template <bool kSparse_, bool kBf16_, int kGroupSize_, int BLOCK_M_, int WGS_N_, int WGS_K_, int BLOCK_K_, int STAGES_,
-          int CLUSTER_>
+          int CLUSTER_, int MIN_BLOCKS>
 struct Tile90 {
     static constexpr bool kSparse = kSparse_, kBf16 = kBf16_;
     static constexpr int kGroupSize = kGroupSize_, BLOCK_M = BLOCK_M_, WGS_N = WGS_N_, WGS_K = WGS_K_;
@@ -39,9 +46,13 @@ struct Tile90 {
     // Whether the products of a chunk end with it: the assembler makes dense ones wait for each other otherwise.
     static constexpr bool kDrain = !kSparse;
     static constexpr int kUnitScales = kGroupSize < kUnitColumns ? kUnitColumns / kGroupSize : 1;
+    static constexpr int kChunkUnits = kTilesK * kTileUnits / WGS_K;  // of a chunk, that a warpgroup multiplies
+    // Whether there are registers for the fragments of two chunks: with few tokens, in blocks of few threads.
+    static constexpr bool kAhead =
+        kSparse && !kLarge && kChunkUnits <= 2 && MIN_BLOCKS * ((kThreads + 127) / 128 * 128) <= 768;
     static constexpr int kChunkGroups = kGroupSize >= BLOCK_K ? 1 : BLOCK_K / kGroupSize;
 
-    static constexpr int kPanelBytes = BLOCK_M * 128, kActBytes = kTilesK * kPanelBytes;  // a panel: 64 columns
+    static constexpr int kActBytes = kTilesK * BLOCK_M * 128;  // panels of 64 columns
     static constexpr int kTileCodeBytes = kSparse ? 1024 : 2048, kTileMetaBytes = kSparse ? 512 : 0;
     static constexpr int kCodeOffset = kActBytes;
     static constexpr int kMetaOffset = kCodeOffset + WGS_N * kTilesK * kTileCodeBytes;
@@ -62,7 +73,8 @@ struct Tile90 {
     static constexpr bool kPartsInRing = kPartsBytes > 16384;
     static constexpr int kPartOffset = kPartsInRing ? 0 : STAGES * kStageBytes + kScratchBytes;
     static constexpr int kBarrierOffset = STAGES * kStageBytes + kScratchBytes + (kPartsInRing ? 0 : kPartsBytes);
-    static constexpr int kSmemBytes = kBarrierOffset + STAGES * 16 + 16;
+    static constexpr int kLastBarrierOffset = kBarrierOffset + STAGES * 24;  // of the cluster; or the ticket drawn
+    static constexpr int kSmemBytes = kLastBarrierOffset + 16;
     static_assert(kPartsBytes <= STAGES * kStageBytes);
 
     static_assert(BLOCK_M % 8 == 0 && BLOCK_M <= 256 && BLOCK_K % (64 * WGS_K) == 0 && STAGES >= 2);

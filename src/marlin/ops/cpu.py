@@ -13,6 +13,7 @@ from torch import Tensor
 
 from marlin.errors import require
 from marlin.formats.layouts import PackedWeight, unpack
+from marlin.settings import batch_invariant
 
 _Key = tuple[int, int, int, int]
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32}
@@ -110,6 +111,15 @@ cache = DenseCache()
 
 
 def linear(act: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    """act [..., K] times the weight in fp32, bias added in fp32, rounded once to act's dtype: [..., N]."""
-    out = torch.nn.functional.linear(act.float(), cache.dense(packed), None if bias is None else bias.float())
-    return out.to(act.dtype)
+    """act [..., K] times the weight in fp32, bias added in fp32, rounded once to act's dtype: [..., N].
+
+    In batch-invariant mode row by row: matrix products group their additions by the number of rows.
+    """
+    dense, bias = cache.dense(packed), None if bias is None else bias.float()
+    if not batch_invariant():
+        return torch.nn.functional.linear(act.float(), dense, bias).to(act.dtype)
+    out = act.new_empty((*act.shape[:-1], packed.n))
+    for row, to in zip(act.reshape(-1, packed.k), out.view(-1, packed.n), strict=True):
+        # Why a copy: where a row lies in memory may decide how it is vectorized.
+        to.copy_(torch.nn.functional.linear(row.to(torch.float32, copy=True), dense, bias))
+    return out

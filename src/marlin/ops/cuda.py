@@ -1,11 +1,12 @@
 """The CUDA implementation: from tensors to pointers, with as few steps on the host as correctness allows.
 
-Owns: which inputs are copied first, and what calls of one signature remember (checks passed, plans). Must not know
-how a kernel is chosen, compiled or launched: `marlin.runtime` does, and is imported on the first call.
+Owns: which inputs are copied first, and what calls of one weight remember (checks passed, addresses, plans). Must not
+know how a kernel is chosen, compiled or launched: `marlin.runtime` does, and is imported on the first call.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from marlin.errors import message
 from marlin.ops.checks import check, check_out
 from marlin.ops.scratch import split_k_memory
+from marlin.settings import batch_invariant
 
 # (codes, meta or None, scales, bias or None)
 Operands = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
@@ -22,16 +24,81 @@ DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _MAX_REMEMBERED = 8192
 
 
+def _empty_on_device(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+# Why these, where torch has them: each saves a microsecond of a call over its public counterpart.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
+    getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", _empty_on_device
+)
+
+
 class _Call(NamedTuple):
-    """What calls of one signature share; `pieces` are (first row, plan)."""
+    """What calls of one signature share.
+
+    pieces: (first row, plan). whole: the plan, where it is one launch that needs no split-K memory.
+    """
 
     k: int
     out_shape: tuple[int, ...]
+    out_strides: tuple[int, ...]
     pieces: tuple[tuple[int, Any], ...]
+    whole: Any
     launch: Callable[..., None]
 
 
+class _Weight:
+    """Operands that passed their checks, and the calls they passed them for, by shape of act.
+
+    calls: without and with batch-invariant mode. held: a copy of bias, where kernels cannot read the caller's.
+    """
+
+    __slots__ = ("addresses", "calls", "codes", "dtype", "held", "index", "key", "others")
+
+    def __init__(self, key: tuple[str, int, int], operands: Operands, index: int, held: Tensor | None) -> None:
+        codes, meta, scales, bias = operands
+        self.key, self.index, self.dtype, self.held = key, index, scales.dtype, held
+        self.calls: tuple[dict[torch.Size, _Call], dict[torch.Size, _Call]] = ({}, {})
+        number = id(codes)
+        self.codes = weakref.ref(codes, lambda dead: _forget(number, dead))
+        self.others = tuple(None if t is None else weakref.ref(t) for t in (meta, scales, bias))
+        self.addresses = _addresses((codes, meta, scales, bias if held is None else held))
+
+    def is_of(self, operands: Operands, key: tuple[str, int, int]) -> bool:
+        """Whether these are the tensors that were checked, where they were then."""
+        codes, meta, scales, bias = operands
+        own_meta, own_scales, own_bias = self.others
+        return (
+            self.codes() is codes
+            and (own_meta is meta if own_meta is None else own_meta() is meta)
+            and own_scales() is scales  # type: ignore[misc]
+            and (own_bias is bias if own_bias is None else own_bias() is bias)
+            and self.addresses == _addresses(operands)
+            and self.key == key
+        )
+
+
+# Why by identity: the shapes, dtypes and devices of four tensors take longer to compare than a launch.
+_weights: dict[int, _Weight] = {}
 _calls: dict[tuple[Any, ...], _Call] = {}
+
+
+def _forget(number: int, dead: weakref.ref[Tensor]) -> None:
+    weight = _weights.get(number)
+    if weight is not None and weight.codes is dead:
+        del _weights[number]
+
+
+def _addresses(operands: Operands) -> tuple[int, int, int, int]:
+    codes, meta, scales, bias = operands
+    return (
+        codes.data_ptr(),
+        0 if meta is None else meta.data_ptr(),
+        scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+    )
 
 
 def linear(op: str, act: Tensor, operands: Operands, n: int, group_size: int, out: Tensor | None = None) -> Tensor:
@@ -39,22 +106,47 @@ def linear(op: str, act: Tensor, operands: Operands, n: int, group_size: int, ou
 
     Raises: ValueError, TypeError (see `check`), UnsupportedError, CompileError, LaunchError (see `marlin.runtime`).
     """
-    key = (op, n, group_size, act.shape, act.dtype, act.device, *map(_signature, operands))
-    call = _calls.get(key)
+    weight, call = _weights.get(id(operands[0])), None
+    if weight is not None and act.dtype is weight.dtype and act.get_device() == weight.index:
+        call = weight.calls[batch_invariant()].get(act.shape)
+    if call is None or weight is None or not weight.is_of(operands, (op, n, group_size)):
+        weight, call = _remember(op, act, operands, n, group_size)
+    if _current_device() == weight.index:
+        return _run(op, weight, call, act, out)
+    with torch.cuda.device(weight.index):
+        return _run(op, weight, call, act, out)
+
+
+def _remember(op: str, act: Tensor, operands: Operands, n: int, group_size: int) -> tuple[_Weight, _Call]:
+    """The weight and the call of operands that were not met before, or not with such an act: checked and planned."""
+    invariant = batch_invariant()
+    signature = (op, n, group_size, invariant, act.shape, act.dtype, act.device, *map(_signature, operands))
+    call = _calls.get(signature)
     if call is None:
-        call = _calls[key] = _prepare(op, act, operands, n, group_size)
-    if out is None:
-        result = out = act.new_empty(call.out_shape)
-    else:
-        check_out(op, act, n, out)
-        result = torch.empty_like(out) if out.data_ptr() % 16 else out
-    index = act.get_device()
-    if torch.cuda.current_device() == index:
-        _launch(op, call, act, operands, result)
-    else:
-        with torch.cuda.device(index):
-            _launch(op, call, act, operands, result)
-    return out if result is out else out.copy_(result)
+        call = _prepare(op, act, operands, n, group_size)
+        if len(_calls) >= _MAX_REMEMBERED:
+            _calls.clear()
+        _calls[signature] = call
+    key, number, bias = (op, n, group_size), id(operands[0]), operands[3]
+    weight = _weights.get(number)
+    if weight is None or not weight.is_of(operands, key):
+        names = ("codes", "meta", "scales")
+        at = dict(zip(names, _addresses(operands), strict=False))
+        if any(address % 16 for address in at.values()):
+            got = ", ".join(f"{name} at {address:#x}" for name, address in at.items())
+            raise ValueError(message(op, "packed tensors must start on 16 bytes", got, "Clone them."))
+        if bias is not None and (bias.data_ptr() % 16 or not bias.is_contiguous()):
+            # Why not kept: the caller's values may change.
+            held = bias.clone(memory_format=torch.contiguous_format)
+            return _Weight(key, operands, act.get_device(), held), call
+        if len(_weights) >= _MAX_REMEMBERED:
+            _weights.clear()
+        weight = _weights[number] = _Weight(key, operands, act.get_device(), None)
+    calls = weight.calls[invariant]
+    if len(calls) >= _MAX_REMEMBERED:
+        calls.clear()
+    calls[act.shape] = call
+    return weight, call
 
 
 def _signature(tensor: Tensor | None) -> tuple[Any, ...] | None:
@@ -75,11 +167,28 @@ def _prepare(op: str, act: Tensor, operands: Operands, n: int, group_size: int) 
     m = act.numel() // k
     pieces = []
     for start in range(0, m, MAX_M):
-        problem = runtime.Problem(min(MAX_M, m - start), n, k, group_size, DTYPE_NAMES[act.dtype], op)
+        rows, dtype = min(MAX_M, m - start), DTYPE_NAMES[act.dtype]
+        problem = runtime.Problem(rows, n, k, group_size, dtype, op, batch_invariant())
         pieces.append((start, runtime.plan(problem, act.get_device())))
-    if len(_calls) >= _MAX_REMEMBERED:
-        _calls.clear()
-    return _Call(k, (*act.shape[:-1], n), tuple(pieces), runtime.launch)
+    shape = (*act.shape[:-1], n)
+    strides = torch.empty(shape, device="meta").stride()
+    whole = pieces[0][1] if len(pieces) == 1 and not pieces[0][1].num_tickets else None
+    return _Call(k, shape, strides, tuple(pieces), whole, runtime.launch)
+
+
+def _run(op: str, weight: _Weight, call: _Call, act: Tensor, out: Tensor | None) -> Tensor:
+    """The call on the current device, which is act's."""
+    if out is None:
+        result = _empty(call.out_shape, call.out_strides, weight.dtype)
+        if call.whole is not None and act.is_contiguous() and not act.data_ptr() % 16:
+            # Why beside _launch: what most calls are, in the fewest steps.
+            _put(call, call.whole, weight, act.data_ptr(), result.data_ptr(), call.k, _raw_stream(weight.index))
+            return result
+    else:
+        check_out(op, act, call.out_shape[-1], out)
+        result = torch.empty_like(out) if out.data_ptr() % 16 else out
+    _launch(weight, call, act, result)
+    return result if out is None or result is out else out.copy_(result)
 
 
 def _rows(act: Tensor, k: int) -> tuple[Tensor, int]:
@@ -95,8 +204,11 @@ def _rows(act: Tensor, k: int) -> tuple[Tensor, int]:
     return act, lda
 
 
-def _raw_stream(index: int) -> int:
-    return torch._C._cuda_getCurrentRawStream(index)
+def _public_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
 
 
 def _capture_id(stream: int) -> int:
@@ -108,32 +220,36 @@ def _capture_id(stream: int) -> int:
     return current_capture_id(stream)
 
 
-def _launch(op: str, call: _Call, act: Tensor, operands: Operands, out: Tensor) -> None:
+def _launch(weight: _Weight, call: _Call, act: Tensor, out: Tensor) -> None:
     """Put every piece on the current stream of the current device, act's."""
-    codes, meta, scales, bias = operands
     act, lda = _rows(act, call.k)
-    if bias is not None and (bias.data_ptr() % 16 or not bias.is_contiguous()):
-        bias = bias.clone(memory_format=torch.contiguous_format)
-    pointers = {
-        "codes": codes.data_ptr(),
-        "meta": 0 if meta is None else meta.data_ptr(),
-        "scales": scales.data_ptr(),
-        "bias": 0 if bias is None else bias.data_ptr(),
-    }
-    if (pointers["codes"] | pointers["meta"] | pointers["scales"]) % 16:
-        got = ", ".join(f"{name} at {pointers[name]:#x}" for name in ("codes", "meta", "scales"))
-        raise ValueError(message(op, "packed tensors must start on 16 bytes", got, "Clone them."))
-    act_ptr, out_ptr, out_row_bytes = act.data_ptr(), out.data_ptr(), 2 * call.out_shape[-1]
-    stream = _raw_stream(act.get_device())
-    pointers.update(lda=lda, stream=stream, workspace=0, tickets=0)
+    stream = _raw_stream(weight.index)
     for start, plan in call.pieces:
-        pointers["act"] = act_ptr + 2 * lda * start
-        pointers["out"] = out_ptr + out_row_bytes * start
+        at, to = act.data_ptr() + 2 * lda * start, out.data_ptr() + 2 * call.out_shape[-1] * start
         if not plan.num_tickets:
-            call.launch(plan, **pointers)
+            _put(call, plan, weight, at, to, lda, stream)
             continue
         memory = split_k_memory(act.device, stream, _capture_id(stream))
         with memory.lock:
             parts, tickets = memory.reserve(plan.workspace_bytes, plan.num_tickets)
-            pointers.update(workspace=parts.data_ptr(), tickets=tickets.data_ptr())
-            call.launch(plan, **pointers)
+            _put(call, plan, weight, at, to, lda, stream, (parts.data_ptr(), tickets.data_ptr()))
+
+
+def _put(
+    call: _Call, plan: Any, weight: _Weight, act: int, out: int, lda: int, stream: int, shared: tuple[int, int] = (0, 0)
+) -> None:
+    """One launch. shared: workspace and tickets."""
+    codes, meta, scales, bias = weight.addresses
+    call.launch(
+        plan,
+        act=act,
+        codes=codes,
+        meta=meta,
+        scales=scales,
+        bias=bias,
+        out=out,
+        workspace=shared[0],
+        tickets=shared[1],
+        lda=lda,
+        stream=stream,
+    )

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_BARRIER_BYTES, _TICKET_BYTES, _MAX_OWN_PART_BYTES = 16, 16, 16384
+# Shared memory that launches ask for, whose blocks are to have a multiprocessor each: in turn what they need, and more
+# than half of what there is (228 KiB, of which a block takes 1 KiB). Why: blocks start beside those of the kernel
+# before. With room for two of one kernel some multiprocessors would get two and others none, launch after launch; with
+# room for one block alone its weights would wait for the kernel before to end.
+WIDE_SMEM_BYTES, NARROW_SMEM_BYTES = 114 << 10, 111 << 10
+
+_BARRIER_BYTES, _TICKET_BYTES, _MAX_OWN_PART_BYTES = 24, 16, 16384
 
 
 @dataclass(frozen=True)

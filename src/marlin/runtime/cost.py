@@ -47,16 +47,16 @@ _CHUNK_CYCLES = 354.0  # barrier and first fragments, shared by the blocks of a 
 _DEQUANTIZE_SLOTS, _COPY_SLOTS, _LDMATRIX_SLOTS = 20.1, 7.4, 1.85  # issue slots of a warp
 _MEMORY_SHARE = 0.879  # of the nominal bandwidth that streaming reaches
 
-# The same of sm90_*, where a launch overlaps the one before: fitted to 1086 timings of its tiles on the same layers and
-# GPU at M = 1 to 4096 (root mean square error 8 %; the choice is on average 0.8 % slower than the best tile).
-# Most of them are in the tiles record, which a test holds the model to; some are of earlier texts of the kernels.
-_LAUNCH90_US, _REDUCE90_US, _CLUSTER_US, _WAVE_US = 0.871, 3.61, 1.58, 2.76
-_PART90_US, _STORE_US = 8.61e-6, 2.80e-5  # a byte
-_TENSOR90 = 1.083  # cycles of a unit for each token
-_UNIT_SLOTS_SPARSE, _UNIT_SLOTS_DENSE = 51.3, 61.3
-_UNIT_LATENCY, _CHUNK_LATENCY = 143.6, 355.7  # cycles
-_ABSENT_CYCLES = 0.72  # of a row of 64 columns beyond M
-_L2_BYTES_PER_CYCLE90, _MEMORY_SHARE90, _CLOCK_SHARE90 = 44.1, 0.778, 0.9
+# The same of sm90_*, where a launch overlaps the one before: fitted to 620 timings of its tiles on the same layers and
+# GPU at M = 1 to 4096 (root mean square error 9 %; the choice is on average 0.7 % slower than the best tile). Those of
+# tiles for 128 tokens are of an earlier text of the kernels.
+_REDUCE90_US, _CLUSTER_US, _WAVE_US, _NEXT_TILE_US = 3.91, 1.34, 2.67, 1.87
+_JOIN_US = 0.436  # one more warpgroup along K
+_PART90_US, _STORE_US = 9.85e-6, 3.70e-5  # a byte
+_TENSOR90 = 1.106  # cycles of a unit for each token
+_UNIT_SLOTS_SPARSE, _UNIT_SLOTS_DENSE = 74.7, 67.7
+_UNIT_LATENCY, _CHUNK_LATENCY = 90.0, 346.0  # cycles
+_L2_BYTES_PER_CYCLE90, _MEMORY_SHARE90, _CLOCK_SHARE90 = 48.3, 0.807, 0.9
 
 
 def arch_model(arch: tuple[int, int]) -> ArchModel:
@@ -91,6 +91,8 @@ def geometry(config: Config, problem: Problem, device: DeviceInfo) -> Geometry:
         # Chunks beyond the end of K are zeros: every block of a cluster takes as many.
         stripe = -(-chunks // config.cluster)
         return Geometry(tiles * config.cluster, m_tiles, n_tiles, stripe * config.cluster, tiles, stripe, 0)
+    if problem.batch_invariant:
+        return Geometry(tiles, m_tiles, n_tiles, chunks, 0, 1, 1)  # a block a tile, which nothing cuts
     grid = min(resident_blocks(config, problem, device), tiles * chunks)
     whole, split = divmod(tiles, grid)
     stripe = max(1, -(-split * chunks // grid))
@@ -111,7 +113,8 @@ def _cost_sm80(config: TileConfig, problem: Problem, device: DeviceInfo) -> floa
     blocks = resident_blocks(config, problem, device) / device.num_sms
     chunk = _chunk_cycles(config, problem, arch) + _CHUNK_CYCLES / blocks
     stage = config.stage_bytes(problem.kind, problem.group_size) / arch.l2_bytes_per_cycle
-    busy = max(chunk, stage) * shape.local_chunks * blocks / cycles_per_us
+    waves = -(-shape.grid // resident_blocks(config, problem, device))
+    busy = max(chunk, stage) * shape.local_chunks * waves * blocks / cycles_per_us
     memory = problem.weight_bytes / (device.memory_bytes_per_s * _MEMORY_SHARE) * 1e6 * shape_imbalance(shape)
     parts = 0.0
     if shape.num_split_tiles and shape.stripe_chunks < shape.num_chunks:
@@ -124,12 +127,13 @@ def _cost_sm90(config: WarpgroupConfig, problem: Problem, device: DeviceInfo) ->
     """Tensor cores, issue slots, the latency of one warpgroup and the bytes of a stage all overlap, none entirely."""
     shape, sparse = geometry(config, problem, device), problem.kind == "w4a16_sp24"
     groups, units = config.wgs_n * config.wgs_k, config.block_k // (64 if sparse else 32) // config.wgs_k
-    # Blocks beside each other on a multiprocessor; those of a cluster do not spread evenly where two fit.
-    beside = min(config.min_blocks, blocks_that_fit(config, problem, device)) if config.cluster else 1
+    fit = min(config.min_blocks, blocks_that_fit(config, problem, device))
+    # Blocks beside each other on a multiprocessor, of one kernel: where there are fewer, those of the next kernel.
+    beside = min(fit, -(-shape.grid // device.num_sms)) if config.cluster else 1
     waves = -(-shape.grid // (device.num_sms * beside))
-    # Rows beyond M, which the copy engine fills with zeros, take it longer than rows that it reads.
-    absent = (shape.num_m_tiles * config.block_m - problem.m) * (config.block_k // 64)
-    stage = config.stage_bytes(problem.kind, problem.group_size) / _L2_BYTES_PER_CYCLE90 + absent * _ABSENT_CYCLES
+    # Rows beyond M are not copied.
+    absent = (config.block_m - -(-problem.m // shape.num_m_tiles)) * config.block_k * 2
+    stage = (config.stage_bytes(problem.kind, problem.group_size) - absent) / _L2_BYTES_PER_CYCLE90
     terms = (
         beside * groups * units * config.block_m * _TENSOR90,
         beside * groups * units * (_UNIT_SLOTS_SPARSE if sparse else _UNIT_SLOTS_DENSE),
@@ -142,12 +146,13 @@ def _cost_sm90(config: WarpgroupConfig, problem: Problem, device: DeviceInfo) ->
     cycles_per_us = device.sm_clock_khz / 1e3 * _CLOCK_SHARE90
     busy = sum(term**3 for term in terms) ** (1 / 3) * chunks / cycles_per_us + tiles * _STORE_US * tile_bytes
     memory = problem.weight_bytes / (device.memory_bytes_per_s * _MEMORY_SHARE90) * 1e6
-    reduce = (waves - 1) * _WAVE_US
+    reduce = (waves - 1) * _WAVE_US if config.cluster else (tiles - 1) * _NEXT_TILE_US
     if config.cluster > 1:
         reduce += _CLUSTER_US
     elif not config.cluster and shape.num_split_tiles and shape.stripe_chunks < shape.num_chunks:
-        reduce = _REDUCE90_US + _PART90_US * _sharing(shape) * tile_bytes
-    return float(_LAUNCH90_US + (busy**4 + memory**4) ** 0.25 + reduce)
+        reduce += _REDUCE90_US + _PART90_US * _sharing(shape) * tile_bytes
+    join = _JOIN_US * (config.wgs_k - 1)
+    return float(join + (busy**4 + memory**4) ** 0.25 + reduce)
 
 
 def _sharing(shape: Geometry) -> int:

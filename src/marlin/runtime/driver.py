@@ -25,7 +25,7 @@ from marlin.errors import LaunchError, UnsupportedError, message, require
 # CUdevice_attribute
 _CLOCK_RATE_KHZ, _MULTIPROCESSORS, _MEMORY_CLOCK_KHZ, _BUS_WIDTH_BITS, _L2_BYTES = 13, 16, 36, 37, 38
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _SMEM_OPTIN_BYTES = 75, 76, 97
-_MAX_DYNAMIC_SMEM = 8  # CUfunction_attribute
+_MAX_DYNAMIC_SMEM, _PREFERRED_CARVEOUT = 8, 9  # CUfunction_attribute
 _CAPTURE_MODE_RELAXED = 2
 _CAPTURE_ACTIVE = 1
 # CUlaunchAttribute (id, padding, 64-byte value): programmatic stream serialization, allowed.
@@ -241,11 +241,14 @@ def toolkit_version(cubin: bytes) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def load_kernel(cubin: bytes, entry: str, *, device_index: int, smem_bytes: int, signature: str) -> Kernel:
+def load_kernel(
+    cubin: bytes, entry: str, *, device_index: int, smem_bytes: int, signature: str, most_smem: bool = False
+) -> Kernel:
     """Load machine code on a GPU and find a kernel in it; allowed during a stream capture.
 
-    entry: the extern "C" symbol; smem_bytes: dynamic shared memory of every launch; signature: one character per
-    argument, "P" pointer, "i" int32, "l" int64, "f" float32, "T" tensor map.
+    entry: the extern "C" symbol; smem_bytes: dynamic shared memory of a launch, at most; signature: one character per
+    argument, "P" pointer, "i" int32, "l" int64, "f" float32, "T" tensor map. most_smem: give the kernel's
+    multiprocessors all the shared memory that they have.
     Raises: UnsupportedError (made by a newer toolkit than the driver takes, or for another GPU), LaunchError (the
     driver's word), ValueError (signature).
     """
@@ -263,6 +266,9 @@ def load_kernel(cubin: bytes, entry: str, *, device_index: int, smem_bytes: int,
         # Why always: what a block gets without asking counts the kernel's static memory too.
         code = library.cuFuncSetAttribute(function, _MAX_DYNAMIC_SMEM, smem_bytes)
         _check(code, f"load_kernel[{entry}]", f"GPU {device_index} must grant {smem_bytes} bytes of shared memory")
+        if most_smem:
+            code = library.cuFuncSetAttribute(function, _PREFERRED_CARVEOUT, 100)
+            _check(code, f"load_kernel[{entry}]", f"GPU {device_index} must take the carve-out")
     return Kernel(entry, function.value or 0, context, device_index, smem_bytes, signature)
 
 
@@ -325,11 +331,13 @@ class Kernel:
         *,
         pdl: bool = False,
         cluster: int = 1,
+        smem_bytes: int = 0,
     ) -> None:
         """Put one launch on a stream (0: the default stream); legal during capture; does not wait.
 
         args: one value per character of the signature, pointers as ints. pdl: programmatic dependent launch, for a
-        kernel that itself waits for its predecessor's results. cluster: blocks of a cluster, along x.
+        kernel that itself waits for its predecessor's results. cluster: blocks of a cluster, along x. smem_bytes: fewer
+        bytes of shared memory than `load_kernel` was told; 0: as many.
         Raises: LaunchError (the driver's word, or arguments that do not fit the signature).
         """
         try:
@@ -345,7 +353,9 @@ class Kernel:
             if cluster > 1:
                 _CLUSTER_ATTRIBUTES.pack_into(attributes, len(_PDL_ATTRIBUTE), 4, 0, cluster, 1, 1, 5, 0, 1)
                 count += 2
-            _CONFIG.pack_into(config, 0, *grid, threads, 1, 1, self.smem_bytes, stream, first if count else 0, count)
+            _CONFIG.pack_into(
+                config, 0, *grid, threads, 1, 1, smem_bytes or self.smem_bytes, stream, first if count else 0, count
+            )
         except (struct.error, TypeError) as error:
             raise self._bad_arguments(args, grid, threads, stream, error) from error
         get_current(current_ref)

@@ -166,10 +166,17 @@ struct Geometry {
 """
 _CASE_SM90 = """    const Tile* tile = kTiles;
     while (m > tile->max_m) ++tile;
-    marlin::TensorMap act_map, code_map, meta_map, scale_map;
+    const Geometry shape(*tile, m, n, k, sms);
+    marlin::TensorMap act_map, act_tail_map, code_map, meta_map, scale_map;
     const int panels = k / 64, box = tile->block_k / 64;
-    error = describe(act_map, {act_type}, act, {{64, cuuint64_t(m), cuuint64_t(panels)}},
-                     {{2 * cuuint64_t(act_stride), 128}}, {{64, cuuint32_t(tile->block_m), cuuint32_t(box)}});
+    const int tail_rows = (m - (shape.m_tiles - 1) * tile->block_m + 7) / 8 * 8;  // tokens of the last tile
+    const cuuint64_t act_extents[3] = {{64, cuuint64_t(m), cuuint64_t(panels)}};
+    const cuuint64_t act_strides[2] = {{2 * cuuint64_t(act_stride), 128}};
+    error = describe(act_map, {act_type}, act, act_extents, act_strides,
+                     {{64, cuuint32_t(tile->block_m), cuuint32_t(box)}});
+    if (error == cudaSuccess)
+        error = describe(act_tail_map, {act_type}, act, act_extents, act_strides,
+                         {{64, cuuint32_t(tail_rows), cuuint32_t(box)}});
     if (error == cudaSuccess) error = describe_weight(code_map, *tile, codes, kSparse ? 128 : 256, n, panels, box);
     meta_map = code_map;
     if (error == cudaSuccess && kSparse) error = describe_weight(meta_map, *tile, meta, 64, n, panels, box);
@@ -179,7 +186,6 @@ _CASE_SM90 = """    const Tile* tile = kTiles;
     error = cudaFuncSetAttribute(tile->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile->smem_bytes);
     if (error != cudaSuccess) return error;
 
-    const Geometry shape(*tile, m, n, k, sms);
     cudaLaunchAttribute attributes[3] = {{}};
     unsigned count = 0;
     if (MARLIN_PDL) {{
@@ -199,9 +205,9 @@ _CASE_SM90 = """    const Tile* tile = kTiles;
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = count;
-    return cudaLaunchKernelEx(&config, tile->kernel, act_map, code_map, meta_map, scale_map, bias, out, workspace,
-                              tickets, m, n, k, shape.m_tiles, shape.n_tiles, shape.chunks, shape.split, shape.stripe,
-                              shape.whole);
+    return cudaLaunchKernelEx(&config, tile->kernel, act_map, act_tail_map, code_map, meta_map, scale_map, bias, out,
+                              workspace, tickets, m, n, k, tail_rows, shape.m_tiles, shape.n_tiles,
+                              shape.chunks, shape.split, shape.stripe, shape.whole);
 """
 
 

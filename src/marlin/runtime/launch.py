@@ -9,6 +9,7 @@ import functools
 import os
 
 from marlin.runtime import cache, compiler, driver, tensor_map
+from marlin.runtime.config_sm90 import NARROW_SMEM_BYTES, WIDE_SMEM_BYTES
 from marlin.runtime.plan import Plan
 from marlin.runtime.source import Variant
 
@@ -26,9 +27,15 @@ def kernel(variant: Variant, arch: str, device_index: int) -> driver.Kernel:
     """
     target = variant.target(arch)
     assert target is not None, f"{variant.entry} was planned for sm_{arch}"
+    hopper = variant.config.family == "sm90"
     cubin = cache.get_cubin(variant.render(), name=variant.entry, arch=target)
     return driver.load_kernel(
-        cubin, variant.entry, device_index=device_index, smem_bytes=variant.smem_bytes, signature=variant.signature
+        cubin,
+        variant.entry,
+        device_index=device_index,
+        smem_bytes=max(variant.smem_bytes, WIDE_SMEM_BYTES) if hopper else variant.smem_bytes,
+        signature=variant.signature,
+        most_smem=hopper,
     )
 
 
@@ -42,19 +49,24 @@ class _Launcher:
         self.blocks, self.threads = (plan.geometry.grid, 1, 1), plan.variant.threads
         self.extents, self.schedule = (problem.m, problem.n, problem.k), tuple(plan.geometry[1:])
         self.mapped, self.cluster = config.family == "sm90", config.cluster
-        self.act_maps: dict[tuple[int, int], bytes] = {}
+        tail = problem.m - (plan.geometry.num_m_tiles - 1) * config.block_m
+        self.tail_rows = -(-tail // 8) * 8
+        self.smem = plan.variant.smem_bytes
+        self.takes_turns = self.mapped and plan.geometry.grid <= device.num_sms and self.smem <= NARROW_SMEM_BYTES
+        self.act_maps: dict[tuple[int, int], tuple[bytes, bytes]] = {}
         self.weight_maps: dict[tuple[int, int, int], tuple[bytes, bytes, bytes]] = {}
 
-    def act_map(self, act: int, lda: int) -> bytes:
-        """act [M, K] as [K / 64][M][64]."""
+    def act_map(self, act: int, lda: int) -> tuple[bytes, bytes]:
+        """act [M, K] as [K / 64][M][64], in boxes of a token tile and of the last one."""
         found = self.act_maps.get((act, lda))
         if found is None:
             if len(self.act_maps) >= _MAX_MAPS:
                 self.act_maps.clear()
-            (m, _, k), config = self.extents, self.plan.config
-            extents, box = (64, m, k // 64), (64, config.block_m, config.block_k // 64)
-            found = tensor_map.encode(act, self.plan.problem.dtype, extents, (2 * lda, 128), box)
-            self.act_maps[act, lda] = found
+            (m, _, k), config, dtype = self.extents, self.plan.config, self.plan.problem.dtype
+            extents, strides, depth = (64, m, k // 64), (2 * lda, 128), config.block_k // 64
+            full, tail = ((64, rows, depth) for rows in (config.block_m, self.tail_rows))
+            maps = [tensor_map.encode(act, dtype, extents, strides, box) for box in (full, tail)]
+            found = self.act_maps[act, lda] = (maps[0], maps[1])
         return found
 
     def weight_map(self, codes: int, meta: int, scales: int) -> tuple[bytes, bytes, bytes]:
@@ -84,6 +96,7 @@ def _weight_maps(plan: Plan, codes: int, meta: int, scales: int) -> tuple[bytes,
 
 # Why by identity: hashing a plan takes longer than launching it. The plan is kept, so its number is not used again.
 _launchers: dict[int, _Launcher] = {}
+_wide = False  # whether the launch before asked for WIDE_SMEM_BYTES
 
 
 def launch(
@@ -104,6 +117,7 @@ def launch(
 
     Raises: LaunchError (the driver's word), and what compiling on first use raises.
     """
+    global _wide
     found = _launchers.get(id(plan))
     if found is None:
         if len(_launchers) >= _MAX_LAUNCHERS:
@@ -111,9 +125,13 @@ def launch(
         found = _launchers[id(plan)] = _Launcher(plan)
     rest = (bias, out, workspace, tickets, *found.extents)
     if found.mapped:
-        args = (found.act_map(act, lda), *found.weight_map(codes, meta, scales), *rest, *found.schedule)
-        found.kernel.launch(found.blocks, found.threads, stream, args, pdl=PDL, cluster=found.cluster)
+        maps = (*found.act_map(act, lda), *found.weight_map(codes, meta, scales))
+        smem = found.smem
+        if found.takes_turns:
+            _wide = not _wide
+            smem = WIDE_SMEM_BYTES if _wide else smem
+        args = (*maps, *rest, found.tail_rows, *found.schedule)
+        found.kernel.launch(found.blocks, found.threads, stream, args, pdl=PDL, cluster=found.cluster, smem_bytes=smem)
     else:
-        found.kernel.launch(
-            found.blocks, found.threads, stream, (act, codes, meta, scales, *rest, lda, *found.schedule)
-        )
+        args = (act, codes, meta, scales, *rest, lda, *found.schedule)
+        found.kernel.launch(found.blocks, found.threads, stream, args)

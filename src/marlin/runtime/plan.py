@@ -10,6 +10,7 @@ from marlin.runtime import driver
 from marlin.runtime.config import MAX_WORKSPACE_BYTES, Config, all_configs, why_illegal, why_illegal_problem
 from marlin.runtime.cost import Geometry, cost_us, geometry
 from marlin.runtime.driver import DeviceInfo
+from marlin.runtime.invariant import chosen_order, order, why_variant
 from marlin.runtime.problem import Problem
 from marlin.runtime.source import Variant
 
@@ -42,10 +43,18 @@ def candidates(problem: Problem, device: DeviceInfo) -> list[Candidate]:
     rows = []
     for config in all_configs(problem.kind):
         reason = why_illegal(config, problem, device)
+        if reason is None and problem.batch_invariant:
+            reason = why_variant(config, problem) or _why_other_order(config, problem, device)
         if reason is None and _workspace_bytes(config, geometry(config, problem, device)) > MAX_WORKSPACE_BYTES:
             reason = f"{config.tag} needs a workspace of more than {MAX_WORKSPACE_BYTES >> 20} MiB."
         rows.append(Candidate(config, None if reason else cost_us(config, problem, device), reason))
     return sorted(rows, key=lambda row: (row.us is None, row.us or 0.0))
+
+
+def _why_other_order(config: Config, problem: Problem, device: DeviceInfo) -> str | None:
+    if order(config, problem) == chosen_order(problem, device):
+        return None
+    return f"{config.tag} adds along K in another order than the one that serves every M of this layer."
 
 
 def _workspace_bytes(config: Config, shape: Geometry) -> int:
@@ -54,7 +63,10 @@ def _workspace_bytes(config: Config, shape: Geometry) -> int:
 
 
 def make_plan(problem: Problem, device: DeviceInfo, config: Config | None = None) -> Plan:
-    """Plan for any device description; `config` overrides the choice. Raises: ValueError, UnsupportedError."""
+    """Plan for any device description; `config` overrides the choice. Raises: ValueError, UnsupportedError.
+
+    Plans of one batch-invariant problem at any M add in one order; with `config`, in that of the configuration.
+    """
     reason = why_illegal_problem(problem)
     if reason is not None:
         raise ValueError(f"{problem.kind}: {reason}")
@@ -65,6 +77,8 @@ def make_plan(problem: Problem, device: DeviceInfo, config: Config | None = None
         config = best.config
     else:
         reason = why_illegal(config, problem, device)
+        if reason is None and problem.batch_invariant:
+            reason = why_variant(config, problem)
         if reason is not None:
             raise UnsupportedError(f"{problem.kind}: {reason}")
     shape = geometry(config, problem, device)

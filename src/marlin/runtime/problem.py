@@ -13,6 +13,7 @@ class Problem(NamedTuple):
 
     m, n, k: extents; k counts dense positions. group_size: 32, 64, 128 or -1 (one scale per row).
     dtype: of act, scales, bias and out, "float16" or "bfloat16". kind: "w4a16_sp24" or "w4a16_dense".
+    batch_invariant: the bits of a row of out must depend on neither M nor the other rows.
     """
 
     m: int
@@ -21,6 +22,7 @@ class Problem(NamedTuple):
     group_size: int
     dtype: str
     kind: str
+    batch_invariant: bool = False
 
     @property
     def weight_bytes(self) -> float:

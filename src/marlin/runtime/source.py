@@ -40,10 +40,14 @@ ARGUMENTS = (
     ("int", "num_whole_tiles", "i"),
 )
 # The same of `sm90_*` kernels, which read through tensor maps.
-MAPS = ("act", "codes", "meta", "scales")
+MAPS = ("act", "act_tail", "codes", "meta", "scales")
+_SHARED = [argument for argument in ARGUMENTS if argument[1] not in (*MAPS, "act_stride")]
+_SPLIT = [name for _, name, _ in _SHARED].index("num_m_tiles")
 ARGUMENTS_SM90 = (
     *(("const __grid_constant__ marlin::TensorMap", name, "T") for name in MAPS),
-    *(argument for argument in ARGUMENTS if argument[1] not in (*MAPS, "act_stride")),
+    *_SHARED[:_SPLIT],
+    ("int", "tail_rows", "i"),
+    *_SHARED[_SPLIT:],
 )
 SIGNATURES = {
     "sm80": "".join(code for _, _, code in ARGUMENTS),
@@ -120,7 +124,7 @@ class Variant:
         group = "marlin::kWholeRow" if self.group_size == -1 else str(self.group_size)
         flags = f"{int(sparse)}, {int(bf16)}, {group}"
         if isinstance(c, WarpgroupConfig):
-            extents: tuple[int, ...] = (c.block_m, c.wgs_n, c.wgs_k, c.block_k, c.stages, c.cluster)
+            extents: tuple[int, ...] = (c.block_m, c.wgs_n, c.wgs_k, c.block_k, c.stages, c.cluster, c.min_blocks)
             return self._entry(ARGUMENTS_SM90, "90", f"{flags}, {', '.join(map(str, extents))}", c.min_blocks)
         extents = (c.block_m, c.block_n, c.block_k, c.stages, c.warps_m, c.warps_n, c.warps_k)
         return self._entry(ARGUMENTS, "", f"{flags}, {', '.join(map(str, extents))}", c.ctas_per_sm)

@@ -22,6 +22,7 @@ from marlin.formats import checkpoint
 from marlin.formats.checkpoint import QUANT_METHOD, VERSION, LayerSpec
 from marlin.formats.safetensors_header import read_header
 from marlin.formats.weight import SCALE_DTYPES
+from marlin.integrations.transformers import parallel
 
 
 class SparseMarlinConfig(QuantizationConfigMixin):
@@ -44,7 +45,7 @@ class SparseMarlinConfig(QuantizationConfigMixin):
 
     def specs(self) -> dict[str, LayerSpec]:
         """The layers, checked."""
-        return checkpoint.parse_description(self.to_dict())
+        return checkpoint.parse_description(self.to_dict(), low_rank=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, as in config.json."""
@@ -94,6 +95,7 @@ def _replace_linear(model: torch.nn.Module, name: str, spec: LayerSpec, source: 
         bias=linear.bias is not None,
         dtype=dtype,
         device="meta",
+        low_rank=spec.low_rank,
     )
     empty.train(linear.training)
     setattr(model.get_submodule(parent), leaf, empty)
@@ -140,18 +142,22 @@ class SparseMarlinQuantizer(HfQuantizer):
         source = getattr(model.config, "name_or_path", "") or type(model).__name__
         for name, spec in _module_names(model, specs).items():
             _replace_linear(model, name, spec, source)
+        parallel.update_plan(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         source = getattr(model.config, "name_or_path", "") or type(model).__name__
         fix = "Scales beyond float16 need dtype=torch.bfloat16; otherwise copy or download the files again."
+        parallel.check_loaded(model)
         for name, layer in nn.sparse_linears(model):
             if layer.scales.device.type != "meta":  # offloaded to disk: its values come later
-                checkpoint.check_values(f"{source}, layer {name}", layer.meta, layer.scales, fix)
+                meta, scales = parallel.local(layer.meta), parallel.local(layer.scales)
+                checkpoint.check_values(f"{source}, layer {name}", meta, scales, fix)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        parallel.check_whole(model)
         for name, layer in list(nn.sparse_linears(model)):
-            weight = layer.to_weight().to_dense(dtype)
+            weight = layer.to_dense(dtype)
             linear = torch.nn.Linear(
                 layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=weight.dtype
             )
@@ -186,10 +192,11 @@ def register() -> None:
 
 def describe_model(model: torch.nn.Module) -> dict[str, LayerSpec]:
     """The description of a model's `SparseLinear` layers, by module name."""
-    return {
-        name: LayerSpec(layer.kind, layer.group_size, layer.out_features, layer.in_features)
-        for name, layer in nn.sparse_linears(model)
-    }
+    specs = {}
+    for name, layer in nn.sparse_linears(model):
+        rank = 0 if layer.low_rank is None else layer.low_rank.rank
+        specs[name] = LayerSpec(layer.kind, layer.group_size, layer.out_features, layer.in_features, rank)
+    return specs
 
 
 def attach(model: Any) -> None:

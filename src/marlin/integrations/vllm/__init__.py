@@ -32,13 +32,19 @@ def installed_version() -> str:
 def register() -> None:
     """Enter the quantization method and the kernel in vLLM's registries; repeated calls change nothing.
 
+    With VLLM_BATCH_INVARIANT=1, batch-invariant mode is switched on.
     Raises: UnsupportedError (no vLLM, or one whose interface is another; the text names the tested versions).
     """
     try:
+        from vllm import envs
+
         from marlin.integrations.vllm import config, kernel
+        from marlin.settings import set_batch_invariant
 
         config.register()
         kernel.register()
+        if envs.VLLM_BATCH_INVARIANT:
+            set_batch_invariant(True)
     except (ImportError, AttributeError, TypeError) as error:
         need = f"vLLM must have the interface of the tested versions {', '.join(TESTED_VERSIONS)}"
         got = f"vLLM {installed_version()} ({type(error).__name__}: {error})"

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm import envs
 from vllm.model_executor.kernels.linear import (
     _POSSIBLE_KERNELS,
     MPLinearKernel,
@@ -62,7 +61,6 @@ class SparseMarlinLinearKernel(MPLinearKernel):
             (group_size in GROUP_SIZES, f"group_size must be one of {GROUP_SIZES}, got {c.group_size}"),
             (group_size == -1 or k % group_size == 0, f"K={k} must be a multiple of group_size={group_size}"),
             (n % N_MULTIPLE == 0 and k % K_MULTIPLE == 0, f"N={n} and K={k} must be multiples of 8 and 32"),
-            (not envs.VLLM_BATCH_INVARIANT, "results depend on the batch size"),
         ):
             if not fits:
                 return False, f"SparseMarlin: {why}"

@@ -21,12 +21,17 @@ from vllm.model_executor.layers.linear import (
 )
 
 from marlin import ops
-from marlin.errors import UnsupportedError, message, require
+from marlin.errors import require
 from marlin.formats.checkpoint import LayerSpec
 from marlin.formats.layouts import TILE_N, PackedWeight
 from marlin.formats.weight import K_MULTIPLE, N_MULTIPLE
 from marlin.integrations.vllm.leaves import PLAIN, Part, packed_part
 from marlin.integrations.vllm.parameters import PartsParameter, all_places, new_parameter
+
+try:
+    from vllm.model_executor.determinism.batch_invariant import linear_batch_invariant
+except ImportError:  # where older versions have it
+    from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
 
 
 class Product(NamedTuple):
@@ -63,7 +68,6 @@ class SparseMarlinLinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register a parameter for every tensor of the layer. Raises: ValueError (extents, tensor-parallel cuts)."""
-        _check_engine(self._op)
         specs = self._specs if len(self._specs) > 1 else self._specs * len(output_partition_sizes)
         need = "a merged layer must have as many checkpoint layers as parts"
         require(len(specs) == len(output_partition_sizes), self._op, need, f"{len(specs)} for {output_partition_sizes}")
@@ -132,12 +136,6 @@ class _WholeLoader:
             param.load_part(0, loaded_weight, (first, 0), end - first)
 
 
-def _check_engine(op: str) -> None:
-    if envs.VLLM_BATCH_INVARIANT:
-        need = "results must not have to be equal for all batch sizes"
-        raise UnsupportedError(message(op, need, "VLLM_BATCH_INVARIANT=1", "Unset it, or convert to pack-quantized."))
-
-
 def _part(op: str, spec: LayerSpec | None, n: int, k: int, full_k: int) -> Part:
     if spec is None:
         return Part(PLAIN, n, k, -1, 1)
@@ -202,6 +200,8 @@ def _register(layer: nn.Module, index: int, run: Sequence[PackedWeight | Tensor]
 def _product(layer: nn.Module, product: Product, x: Tensor, bias: Tensor | None) -> Tensor:
     codes = getattr(layer, product.codes)
     if product.scales is None:
+        if envs.VLLM_BATCH_INVARIANT and x.is_cuda:
+            return linear_batch_invariant(x, codes, bias)
         return F.linear(x, codes, bias)
     meta = None if product.meta is None else getattr(layer, product.meta)
     operands = (codes, meta, getattr(layer, product.scales), bias)
