@@ -92,8 +92,9 @@ def peer_versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
-    if torch.backends.cusparselt.is_available():
-        found["cusparselt"] = str(torch.backends.cusparselt.version())
+    cusparselt = getattr(torch.backends, "cusparselt", None)  # absent from torch 2.4
+    if cusparselt is not None and cusparselt.is_available():
+        found["cusparselt"] = str(cusparselt.version())
     return found
 
 

@@ -151,7 +151,7 @@ def marlin_published(setting: Setting) -> Prepared:
 
 def cusparselt(setting: Setting) -> Prepared:
     """2:4 fp16 values through torch's semi-structured tensors."""
-    if not torch.backends.cusparselt.is_available():
+    if not (hasattr(torch.backends, "cusparselt") and torch.backends.cusparselt.is_available()):
         raise AbsentError("this torch has no cuSPARSELt")
     from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 

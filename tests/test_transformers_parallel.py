@@ -144,6 +144,7 @@ def test_plan_names_our_styles_for_packed_layers_only(directory: pathlib.Path):
     assert styles["v_proj"] == styles["up_proj"] == "colwise"
 
 
+@pytest.mark.skipif(not parallel.register_styles(), reason="needs transformers' DTensor-based parallelism")
 @pytest.mark.parametrize("group_size", [64, -1])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_cut_layers_add_up_to_the_whole_one(dim: int, group_size: int):

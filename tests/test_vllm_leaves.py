@@ -14,7 +14,7 @@ from torch import Tensor
 from marlin.errors import CheckpointError, UnsupportedError
 from marlin.formats.layouts import pack, unpack
 from marlin.integrations import vllm as plugin
-from marlin.integrations.vllm.leaves import Part, packed_part
+from marlin.integrations.vllm.leaves import Part, correction, packed_part
 
 FORMS = {"marlin-24": "marlin-24", "gptq marlin_24": "gptq-marlin-24"}
 
@@ -53,6 +53,24 @@ def test_ranks_hold_slices_of_the_weight(kind: str, tp: int, axis: str, group_si
     for rank in range(tp):
         row, column = (rank * own_n, 0) if axis == "n" else (0, rank * own_k)
         assert torch.equal(cut(part, tensors, (row, column)), dense[row : row + own_n, column : column + own_k])
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("axis", "nk")
+def test_ranks_hold_slices_of_the_correction(axis: str, tp: int):
+    n, k, rank_of_it = 128, 256, 3
+    up, down = torch.randn(n, rank_of_it), torch.randn(rank_of_it, k)
+    tensors = {"low_rank_up": up, "low_rank_down": down}
+    own_n, own_k = (n // tp, k) if axis == "n" else (n, k // tp)
+    part = Part("w4a16_sp24", own_n, own_k, 64, k // 64, rank_of_it)
+    leaves = [leaf for leaf in part.leaves if leaf.name in tensors]
+    assert [leaf.shape(n, k) for leaf in leaves] == [(n, rank_of_it), (rank_of_it, k)]
+    for rank in range(tp):
+        start = (rank * own_n, 0) if axis == "n" else (0, rank * own_k)
+        cuts = {leaf.name: leaf.cut("layer", tensors[leaf.name], start, leaf.shape(own_n, own_k)) for leaf in leaves}
+        low = correction("layer", cuts)
+        assert low is not None and torch.equal(low.up, up[start[0] : start[0] + own_n])
+        assert torch.equal(low.down, down[:, start[1] : start[1] + own_k])
 
 
 @pytest.mark.parametrize(("kind", "k", "group_size"), [("marlin-24", 128, 64), ("gptq marlin_24", 128, 64)])

@@ -49,8 +49,8 @@ _DEQUANTIZE_SLOTS, _COPY_SLOTS, _LDMATRIX_SLOTS = 20.1, 7.4, 1.85  # issue slots
 _MEMORY_SHARE = 0.879  # of the nominal bandwidth that streaming reaches
 
 # The same of sm90_*, where a launch overlaps the one before: fitted to 568 timings of its tiles on the same layers and
-# GPU at M = 1 to 4096, those of the tiles record and of the GEMM record (against the tiles record: root mean square error
-# 8.6 %, the choice on average 1.4 % slower than the best tile).
+# GPU at M = 1 to 4096, those of the tiles record and of the GEMM record (against the tiles record: root mean square
+# error 8.6 %, the choice on average 1.4 % slower than the best tile).
 _REDUCE90_US, _CLUSTER_US, _WAVE_US, _NEXT_TILE_US = 3.75, 1.34, 2.42, 1.64
 _JOIN_US = 0.442  # one more warpgroup along K
 _PART90_US, _STORE_US = 1.02e-5, 4.21e-5  # a byte

@@ -90,8 +90,6 @@ def shard(layer: SparseLinear, mesh: Any, dim: int) -> None:
 
     Raises: ValueError (extents that ranks cannot share in whole tiles and groups).
     """
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
     ranks, n, k = mesh.size(), layer.out_features, layer.in_features
     whole_row = layer.group_size == -1
     step = TILE_N if dim == 0 else max(TILE_K, 1 if whole_row else layer.group_size)
@@ -99,6 +97,8 @@ def shard(layer: SparseLinear, mesh: Any, dim: int) -> None:
     need = f"{ranks} ranks must each get whole {name} of {step}"
     fix = "Use another number of ranks, or leave the layer out of the plan."
     require(extent % (step * ranks) == 0, _OP, need, f"a layer [{n}, {k}]", fix)
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
     for leaf, dims in _DIMS.items():
         tensor = layer._buffers.pop(leaf)
         if tensor is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from marlin.errors import CheckpointError, message
 from marlin.formats import Weight, checkpoint, published
 from marlin.formats.layouts import TILE_K, TILE_N, TILE_WORDS, PackedWeight, pack
+from marlin.formats.low_rank import LowRank
 
 _LEGAL_META = 0x44444444  # positions (0, 1) everywhere
 _RUN = 64  # rows of N in a tile of the published orders
@@ -33,18 +34,33 @@ class Axis(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One tensor of a layer. rest: its last dimensions. k is None where it is the same on every rank that cuts K."""
+    """One tensor of a layer. rest: its last dimensions.
+
+    n or k is None where the tensor is the same on every rank that cuts N or K; across: the length of that dimension.
+    """
 
     name: str
     dtype: torch.dtype | None  # None: the dtype of the model
-    n: Axis
+    n: Axis | None
     k: Axis | None
     rest: tuple[int, ...]
     fill: int = 0
+    across: int = 1
+
+    @property
+    def row_dim(self) -> int:
+        """The dimension of N, or the one that stands in its place."""
+        if self.n is not None:
+            return self.n.dim
+        return 0 if self.k is None else 1 - self.k.dim
+
+    def rows(self, extent: int) -> int:
+        """Entries along `row_dim` that hold so many rows of the weight."""
+        return self.n.length(extent) if self.n else self.across
 
     def shape(self, n: int, k: int) -> tuple[int, ...]:
         """Shape for a weight of n rows and k columns."""
-        lengths = {self.n.dim: self.n.length(n), 1 - self.n.dim: self.k.length(k) if self.k else 1}
+        lengths = {self.row_dim: self.rows(n), 1 - self.row_dim: self.k.length(k) if self.k else self.across}
         return (lengths[0], lengths[1], *self.rest)
 
     def cut(self, op: str, loaded: Tensor, start: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
@@ -83,7 +99,7 @@ class Part:
     """What one checkpoint layer gives to a rank: kind, group size (-1: one scale per row), extents on the rank.
 
     kind: a kind of ours, "weight" (not quantized), or the name of a published format. groups: scales per row in the
-    checkpoint, before cutting.
+    checkpoint, before cutting. low_rank: rank of its correction, 0 without one.
     """
 
     kind: str
@@ -91,18 +107,19 @@ class Part:
     k: int
     group_size: int
     groups: int
+    low_rank: int = 0
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
         """The tensors of this kind."""
         # Why: with one scale per row, every rank that cuts K needs all of them.
         scale_k = None if self.group_size == -1 else self.group_size
-        return _LEAVES[self.kind](scale_k)
+        return (*_LEAVES[self.kind](scale_k), *_low_rank(self.low_rank))
 
     def check_cut(self, op: str, along_n: bool, along_k: bool) -> None:
         """Whether a rank's extents lie on steps of every tensor. Raises: ValueError."""
         for leaf in self.leaves:
-            if along_n:
+            if along_n and leaf.n is not None:
                 check_step(op, leaf.name, leaf.n, self.n)
             if along_k and leaf.k is not None:
                 check_step(op, leaf.name, leaf.k, self.k)
@@ -138,7 +155,17 @@ def _plain(scale_k: int | None) -> tuple[Leaf, ...]:
     return (Leaf("weight", None, Axis(0, 1), Axis(1, 1), ()),)
 
 
+def _low_rank(rank: int) -> tuple[Leaf, ...]:
+    if not rank:
+        return ()
+    return (
+        Leaf(UP, None, Axis(0, 1), None, (), across=rank),
+        Leaf(DOWN, None, None, Axis(1, 1), (), across=rank),
+    )
+
+
 PLAIN = "weight"
+UP, DOWN = "low_rank_up", "low_rank_down"
 _LEAVES: Mapping[str, Callable[[int | None], tuple[Leaf, ...]]] = {
     **{kind: _ours(kind) for kind in TILE_WORDS},
     **{form.name: _marlin_24(form) for form in (published.MARLIN_24, published.GPTQ_MARLIN_24)},
@@ -158,6 +185,18 @@ def packed_part(op: str, part: Part, tensors: Mapping[str, Tensor], dtype: torch
         checkpoint.check_values(op, meta, scales, fix)
         return PackedWeight(part.kind, tensors["codes"], meta, scales, part.n, part.k, part.group_size).validate()
     return pack(_read_published(op, part, tensors), dtype)
+
+
+def correction(op: str, tensors: Mapping[str, Tensor]) -> LowRank | None:
+    """A rank's part of the low-rank correction, or None without one. Raises: CheckpointError (not finite)."""
+    if UP not in tensors:
+        return None
+    for name in (UP, DOWN):
+        if not bool(tensors[name].isfinite().all()):
+            got = f"NaN or infinity in {tensors[name].dtype}"
+            fix = "Values beyond float16 need --dtype bfloat16; otherwise copy or download the files again."
+            raise CheckpointError(message(op, f"{name} must be finite", got, fix))
+    return LowRank(tensors[UP], tensors[DOWN])
 
 
 def _read_published(op: str, part: Part, tensors: Mapping[str, Tensor]) -> Weight:

@@ -1,7 +1,8 @@
 """The linear method: parameters of a layer before loading, packed weights after it, and the product.
 
 Owns the life of a layer within vLLM. Parts of a merged layer (q, k, v; gate, up) that have one kind and group size
-become one product; others are computed one by one and joined.
+become one product; others are computed one by one and joined. Low-rank corrections of all parts become one, two thin
+products beside the others.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from marlin import ops
 from marlin.errors import require
 from marlin.formats.checkpoint import LayerSpec
 from marlin.formats.layouts import TILE_N, PackedWeight
+from marlin.formats.low_rank import LowRank
 from marlin.formats.weight import K_MULTIPLE, N_MULTIPLE
-from marlin.integrations.vllm.leaves import PLAIN, Part, packed_part
+from marlin.integrations.vllm.leaves import DOWN, PLAIN, UP, Part, correction, packed_part
 from marlin.integrations.vllm.parameters import PartsParameter, all_places, new_parameter
 
 try:
@@ -97,19 +99,26 @@ class SparseMarlinLinearMethod(LinearMethodBase):
         if not loaded:
             return
         parts = next(iter(loaded.values())).places.parts
-        weights = [self._part_weight(index, part, loaded, layer) for index, part in enumerate(parts)]
+        tensors = [_part_tensors(loaded, index) for index in range(len(parts))]
+        weights = [self._part_weight(part, own, layer) for part, own in zip(parts, tensors, strict=True)]
+        corrections = [correction(self._op, own) for own in tensors]
         for name in loaded:
             delattr(layer, name)
         layer.products = tuple(_register(layer, index, run) for index, run in enumerate(_runs(weights)))
+        is_shared = len(self._specs) < len(parts)
+        layer.low_rank = _register_low_rank(layer, [part.n for part in parts], corrections, is_shared)
 
-    def _part_weight(
-        self, index: int, part: Part, loaded: Mapping[str, PartsParameter], layer: Any
-    ) -> PackedWeight | Tensor:
-        tensors = {name: tensor for name, parameter in loaded.items() if (tensor := parameter.part(index)) is not None}
+    def _part_weight(self, part: Part, tensors: Mapping[str, Tensor], layer: Any) -> PackedWeight | Tensor:
         return tensors[PLAIN] if part.kind == PLAIN else packed_part(self._op, part, tensors, layer.params_dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] to [..., N] of this rank."""
+        out = self._products(layer, x, bias)
+        if not layer.low_rank:
+            return out
+        return out + _unquantized(_unquantized(x, layer.low_rank_down), layer.low_rank_up)
+
+    def _products(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         if len(layer.products) == 1:
             return _product(layer, layer.products[0], x, bias)
         outputs, start = [], 0
@@ -150,7 +159,12 @@ def _part(op: str, spec: LayerSpec | None, n: int, k: int, full_k: int) -> Part:
         need = f"the input size of a rank must be a multiple of group_size={spec.group_size}"
         require(k % spec.group_size == 0, op, need, str(k), "Use another tensor-parallel size.")
         groups = full_k // spec.group_size
-    return Part(spec.kind, n, k, spec.group_size, groups)
+    return Part(spec.kind, n, k, spec.group_size, groups, spec.low_rank)
+
+
+def _part_tensors(loaded: Mapping[str, PartsParameter], index: int) -> dict[str, Tensor]:
+    """The tensors that a part has."""
+    return {name: tensor for name, parameter in loaded.items() if (tensor := parameter.part(index)) is not None}
 
 
 def _joins(left: PackedWeight | Tensor, right: PackedWeight | Tensor) -> bool:
@@ -197,12 +211,39 @@ def _register(layer: nn.Module, index: int, run: Sequence[PackedWeight | Tensor]
     return Product(packed[0].kind, sum(weight.n for weight in packed), packed[0].group_size, codes, meta, scales)
 
 
+def _register_low_rank(
+    layer: nn.Module, rows: Sequence[int], corrections: Sequence[LowRank | None], is_shared: bool
+) -> int:
+    """Give the layer one correction for all its parts; returns its rank, 0 without one.
+
+    down is that of all parts, one below the other; up has each part's own in its rows and columns, zeros elsewhere.
+    rows: of each part. is_shared: whether the parts have one down, being merged in the checkpoint.
+    """
+    present = [low for low in corrections if low is not None]
+    if not present:
+        return 0
+    down = present[0].down.clone() if is_shared else torch.cat([low.down for low in present])
+    up = down.new_zeros(sum(rows), down.shape[0])
+    column = 0
+    for block, low in zip(up.split(list(rows)), corrections, strict=True):
+        if low is not None:
+            block[:, column : column + low.rank] = low.up
+            column += 0 if is_shared else low.rank
+    for name, tensor in ((UP, up), (DOWN, down)):
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    return int(down.shape[0])
+
+
+def _unquantized(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if envs.VLLM_BATCH_INVARIANT and x.is_cuda:
+        return linear_batch_invariant(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 def _product(layer: nn.Module, product: Product, x: Tensor, bias: Tensor | None) -> Tensor:
     codes = getattr(layer, product.codes)
     if product.scales is None:
-        if envs.VLLM_BATCH_INVARIANT and x.is_cuda:
-            return linear_batch_invariant(x, codes, bias)
-        return F.linear(x, codes, bias)
+        return _unquantized(x, codes, bias)
     meta = None if product.meta is None else getattr(layer, product.meta)
     operands = (codes, meta, getattr(layer, product.scales), bias)
     return ops.packed_linear(product.kind, x, operands, product.n, product.group_size)

@@ -41,10 +41,10 @@ class PartsParameter(PackedvLLMParameter):
         super().__init__(
             data=data,
             weight_loader=weight_loader,
-            packed_factor=leaf.n.step,
-            packed_dim=leaf.n.dim,
-            output_dim=leaf.n.dim,
-            input_dim=1 - leaf.n.dim,
+            packed_factor=leaf.n.step if leaf.n else 1,
+            packed_dim=leaf.row_dim,
+            output_dim=leaf.row_dim,
+            input_dim=1 - leaf.row_dim,
         )
         self.places = places
 
@@ -69,14 +69,19 @@ class PartsParameter(PackedvLLMParameter):
             need = f"{slot.leaf.name} must have shape {expected}, as config.json says"
             raise CheckpointError(message(self.places.op, need, str(tuple(loaded.shape)), "Copy the files again."))
         if rows is not None:
-            target = target.narrow(slot.leaf.n.dim, 0, slot.leaf.n.length(rows))
+            target = target.narrow(slot.leaf.row_dim, 0, slot.leaf.rows(rows))
         target.copy_(slot.leaf.cut(self.places.op, loaded, start, tuple(target.shape)))
 
     def adjust_shard_indexes_for_packing(self, shard_size: int, shard_offset: int) -> tuple[int, int]:
-        """Entries of a part of a tensor that is merged in the checkpoint. Raises: ValueError (parts within a step)."""
-        slot = next(slot for slot in self.places.slots if slot is not None)
-        check_step(self.places.op, slot.leaf.name, slot.leaf.n, shard_offset)
-        return slot.leaf.n.length(shard_size), slot.leaf.n.length(shard_offset)
+        """Entries of a part of a tensor that is merged in the checkpoint: all where its parts share it.
+
+        Raises: ValueError (parts within a step).
+        """
+        leaf = next(slot.leaf for slot in self.places.slots if slot is not None)
+        if leaf.n is None:
+            return leaf.across, 0
+        check_step(self.places.op, leaf.name, leaf.n, shard_offset)
+        return leaf.rows(shard_size), leaf.rows(shard_offset)
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
         self.load_part(0, loaded_weight, (self.tp_rank * self.places.parts[0].n, 0))
