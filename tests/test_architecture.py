@@ -47,6 +47,7 @@ ROOMS = {
     "_semi_structured_conversions": Room(("errors", "formats"), ("torch",)),
     "integrations": Room(("errors",)),
     "integrations.vllm": Room(("errors", "settings", "formats", "ops"), ("torch", "vllm")),
+    "integrations.lm_eval": Room(("errors",), ("lm_eval",)),
     "integrations.peft": Room(("errors", "nn"), ("torch", "peft")),
     "integrations.transformers": Room(
         ("errors", "formats", "nn", "ops", "integrations.peft"), ("torch", "transformers")
@@ -69,7 +70,7 @@ QUALITY = (*BENCHMARKS, "", "compress", "evaluate", "demo", "api")
 
 # Imported inside functions only, so that nothing pays for what it does not use. (A room of its own framework is itself
 # imported late.)
-LATE = ("accelerate", "cuda", "gguf", "matplotlib", "peft", "transformers", "triton", "vllm")
+LATE = ("accelerate", "cuda", "gguf", "lm_eval", "matplotlib", "peft", "transformers", "triton", "vllm")
 
 # What `import marlin` loads: the operators under torch.ops, and the hook that waits for transformers.
 EAGER = {"marlin.integrations.transformers.register_lazily"}

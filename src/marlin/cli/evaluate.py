@@ -1,11 +1,11 @@
-"""`marlin eval`: perplexity of a dense or compressed model directory, and its distance from a dense one."""
+"""`marlin eval`: perplexity, distance from a dense model, continuations side by side, tasks of lm_eval."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -19,10 +19,9 @@ from marlin.cli.common import (
     progress_bar,
     read_text,
 )
-from marlin.errors import message
+from marlin.errors import message, require
 
-if TYPE_CHECKING:
-    import torch
+CONTINUED_TOKENS = 48
 
 
 def _text(path: Path | None) -> tuple[str, str]:
@@ -47,7 +46,13 @@ def evaluate(
         None, "--against", help="Dense model directory: adds KL divergence and next-token agreement."
     ),
     window: int = typer.Option(1024, "--window", help="Tokens per window, without overlap."),
-    limit: int = typer.Option(40, "--limit", help="First windows that count; 0 takes all."),
+    limit: int | None = typer.Option(
+        None, "--limit", help="First windows that count, default 40; of each task first questions, default all. 0: all."
+    ),
+    prompt: list[str] = typer.Option([], "--prompt", help="Also continue this; with --against, by both. Repeatable."),
+    tasks: str | None = typer.Option(None, "--tasks", help="Tasks of lm_eval instead of a text, comma-separated."),
+    shots: int | None = typer.Option(None, "--shots", help="Examples before each question; default: as the task says."),
+    task_folder: Path | None = typer.Option(None, "--task-folder", help="More tasks, in lm_eval's YAML."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     dtype: str = typer.Option("auto", "--dtype", help="auto, float16, bfloat16 or float32."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
@@ -55,45 +60,58 @@ def evaluate(
     """Measure perplexity on a text: windows without overlap, no special tokens.
 
     With --against, also how far the predictions are from another model's at the same positions: KL divergence in nats a
-    token, and the share of positions where both find the same token most likely.
+    token, and the share of positions where both find the same token most likely. With --tasks, what the Language Model
+    Evaluation Harness finds (pip install lm_eval).
 
     \b
     Examples:
       marlin eval demo-out/mixed
       marlin eval OUT --text held-out.txt --limit 0 --json
-      marlin eval OUT --against MODEL
+      marlin eval OUT --against MODEL --prompt "The capital of France is"
+      marlin eval OUT --tasks arc_easy,hellaswag --limit 200
     """
-    from marlin import api
     from marlin.demo import models
 
     for path in (directory, against):
         if path is not None:
             models.check_model_directory(path)
-    name, content = _text(text)
     chosen = choose_device(device)
     precision = choose_dtype(dtype, chosen)
-    model, tokenizer = models.load_model(directory, chosen, precision)
+    if tasks is not None:
+        require(
+            text is None and against is None and not prompt, "eval", "--tasks must stand alone", "a text or a model"
+        )
+        asked = {"shots": shots, "limit": limit or None, "folder": task_folder}
+        _run_tasks(models.load_model(directory, chosen, precision), tasks, asked, as_json)
+        return
+    name, content = _text(text)
+    loaded = models.load_model(directory, chosen, precision)
     dense = None if against is None else models.load_model(against, chosen, precision)[0]
+    windows = (window, 40 if limit is None else limit)
+    result = {"directory": str(directory), "text": name, **_run_text(loaded, dense, content, windows, not as_json)}
+    if against is not None:
+        result["against"] = str(against)
+    if prompt:
+        result["continuations"] = [_continued((loaded[0], dense), loaded[1], each) for each in prompt]
+    (print_json if as_json else _print)(result)
+
+
+def _run_text(loaded: tuple[Any, Any], dense: Any, text: str, windows: tuple[int, int], shown: bool) -> dict[str, Any]:
+    """What is measured on a text, and how. windows: their tokens, and how many count."""
+    from marlin.demo import models
+
+    model, tokenizer = loaded
     runs = models.path_that_runs(model)
-    if not as_json:
+    if shown:
         note(f"path: {runs}")
     started = time.perf_counter()
-    measured = _measure((model, dense), api.tokenize(content, tokenizer), window, limit, not as_json)
-    result = {
-        "directory": str(directory),
-        "text": name,
-        **measured,
-        "window": window,
-        "dtype": str(precision).removeprefix("torch."),
+    return {
+        **_measure((model, dense), tokenizer, text, windows, shown),
+        "window": windows[0],
+        "dtype": str(model.dtype).removeprefix("torch."),
         "path": runs,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    if against is not None:
-        result["against"] = str(against)
-    if as_json:
-        print_json(result)
-    else:
-        _print(result)
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -106,12 +124,47 @@ def _print(result: dict[str, Any]) -> None:
             soft_wrap=True,
         )
 
+    for each in result.get("continuations", ()):
+        out().print(f"\n> {each['prompt']}", soft_wrap=True, markup=False)
+        for key, label in (("text", result["directory"]), ("dense_text", result.get("against"))):
+            if key in each:
+                out().print(f"{label}: {each[key].strip()}", soft_wrap=True, markup=False)
 
-def _measure(models: tuple[Any, Any], ids: torch.Tensor, window: int, limit: int, shown: bool) -> dict[str, Any]:
-    """What is measured of (model, dense model or None), and over how many windows."""
+
+def _continued(both: tuple[Any, Any], tokenizer: Any, prompt: str) -> dict[str, str]:
+    """A prompt and what (model, dense model or None) make of it, greedily."""
+    from marlin.demo import models
+
+    ids, _ = models.encode_prompt(tokenizer, prompt)
+    texts = {"prompt": prompt}
+    for key, model in zip(("text", "dense_text"), both, strict=True):
+        if model is not None:
+            texts[key] = models.generate(model, tokenizer, ids, max_new_tokens=CONTINUED_TOKENS).text
+    return texts
+
+
+def _run_tasks(loaded: tuple[Any, Any], tasks: str, asked: dict[str, Any], as_json: bool) -> None:
+    from marlin.integrations.lm_eval import run_tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    found = run_tasks(*loaded, names, **asked)
+    if as_json:
+        print_json({"tasks": found})
+        return
+    for name, metrics in found.items():
+        numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+        out().print(f"{name}: {numbers}", soft_wrap=True, markup=False)
+
+
+def _measure(
+    models: tuple[Any, Any], tokenizer: Any, text: str, windows_of: tuple[int, int], shown: bool
+) -> dict[str, Any]:
+    """What is measured of (model, dense model or None). windows_of: tokens of a window, and how many count."""
+    from marlin import api
     from marlin.evaluate import compare, perplexity, windows
 
-    (model, dense), last = models, limit or None
+    (model, dense), (window, limit) = models, windows_of
+    ids, last = api.tokenize(text, tokenizer), limit or None
     count = len(windows(ids, window, last))
     with progress_bar(shown) as display:
         show = counter(display, "evaluating")
