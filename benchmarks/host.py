@@ -29,7 +29,7 @@ Calls = dict[str, Callable[[], object]]
 
 
 def own_calls(device: torch.device) -> Calls:
-    """By name: the module, the operator by our shortest way and by torch's, and the launch alone where there is one."""
+    """By name: the module, the operator by our shortest way and by torch's; on a GPU also `tiles.launcher`."""
     layer = SparseLinear.from_weight(random_weight(SIZE, SIZE, 128, device=device)).requires_grad_(False)
     act, packed = random_act(1, SIZE, device=device), layer.packed
     out = torch.empty(1, SIZE, dtype=act.dtype, device=device)

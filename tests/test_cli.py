@@ -197,23 +197,6 @@ def test_eval_of_a_compressed_directory_matches_the_fake_quantized_model(
     assert line == f"perplexity {reference['perplexity']:.3f} on {text_file}: 4 windows of 64 tokens, float32"
 
 
-def test_eval_continues_prompts_with_both_models(
-    dense: Path, compressed: tuple[Path, dict[str, Any]], text_file: Path
-) -> None:
-    arguments = ("--text", text_file, "--window", "64", "--limit", "2", "--device", "cpu", "--against", dense)
-    result = json.loads(run("eval", compressed[0], *arguments, "--prompt", "the cat", "--json").stdout)
-    (found,) = result["continuations"]
-    assert found["prompt"] == "the cat" and found["text"] and found["dense_text"]
-    generated = json.loads(run("generate", dense, "the cat", "-n", "48", "--device", "cpu", "--json").stdout)
-    assert found["dense_text"] == generated["text"]
-
-
-def test_eval_of_tasks_stands_alone(dense: Path, text_file: Path) -> None:
-    assert error_of("eval", dense, "--tasks", "arc_easy", "--text", text_file) == (
-        "error: eval: --tasks must stand alone; got a text or a model."
-    )
-
-
 def test_generate_streams_what_json_reports(compressed: tuple[Path, dict[str, Any]]) -> None:
     arguments = ("generate", compressed[0], "the light of snow", "-n", "6", "--device", "cpu")
     report = json.loads(run(*arguments, "--json").stdout)

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 from marlin import api, nn
 from marlin.cli import recovery
+from marlin.cli.evaluate import CONTINUED_TOKENS
 from marlin.compress import RecoveryEvent
 from tests.test_cli import TEXT, _text, _tokenizer, error_of, run
 
@@ -87,11 +88,11 @@ def test_recover_trains_a_directory_and_keeps_what_is_known_of_it(material: tupl
 def test_recover_refuses_what_is_not_what_it_should_be(material: tuple[Path, Path], tmp_path: Path) -> None:
     dense, text = str(material[0]), str(material[1])
     compress(material, tmp_path / "out")
-    ours = str(tmp_path / "out")
+    ours, order = str(tmp_path / "out"), "The order is: compressed, dense, result."
     found = error_of("recover", dense, dense, str(tmp_path / "x"), "-c", text)
-    assert found == f"error: recover: the first directory must be compressed; got {dense}."
+    assert found == f"error: recover: the first directory must be compressed; got {dense}. {order}"
     found = error_of("recover", ours, ours, str(tmp_path / "x"), "-c", text)
-    assert found == f"error: recover: the second directory must be dense; got {ours}."
+    assert found == f"error: recover: the second directory must be dense; got {ours}. {order}"
     found = error_of("recover", ours, dense, str(tmp_path / "x"), "-c", text, "--minutes", "0")
     assert found == "error: recover: --minutes must be above 0; got 0.0."
 
@@ -155,6 +156,33 @@ def test_eval_against_the_dense_model(material: tuple[Path, Path], tmp_path: Pat
     line = _text(run("eval", material[0], "--against", material[0], *arguments).stdout)
     assert f"against {material[0]}: perplexity {found['dense_perplexity']:.3f}, divergence 0.0000 nats a token" in line
     assert line.endswith("same next token 100.0%")
+
+
+def test_eval_continues_prompts_with_both_models(material: tuple[Path, Path], tmp_path: Path) -> None:
+    compress(material, tmp_path / "out")
+    arguments = ("--text", material[1], "--window", "64", "--limit", "2", "--device", "cpu", "--against", material[0])
+    result = json.loads(run("eval", tmp_path / "out", *arguments, "--prompt", "the cat", "--json").stdout)
+    (found,) = result["continuations"]
+    for key, directory in (("text", tmp_path / "out"), ("dense_text", material[0])):
+        generated = run("generate", directory, "the cat", "-n", str(CONTINUED_TOKENS), "--device", "cpu", "--json")
+        assert found[key] == json.loads(generated.stdout)["text"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            ("--tasks", "arc_easy", "--text", "a.txt", "--prompt", "b"),
+            "these options go with a text only; got --text, --prompt. Leave them out.",
+        ),
+        (("--shots", "2"), "these options go with --tasks only; got --shots. Leave them out."),
+        (("--limit", "-1"), "--limit must be at least 0; got -1."),
+    ],
+)
+def test_eval_refuses_options_that_it_would_not_use(
+    material: tuple[Path, Path], arguments: tuple[str, ...], text: str
+) -> None:
+    assert error_of("eval", material[0], *arguments) == f"error: eval: {text}"
 
 
 def test_describe_shows_figures_and_time_left() -> None:

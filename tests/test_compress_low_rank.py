@@ -154,19 +154,13 @@ def test_what_has_no_place_for_a_correction_refuses_it(saved: tuple[Any, Any, Pa
         "That format has no place for it: compress without --low-rank."
     ).replace("model.layers.0.mlp.down_proj", next(iter(open_directory(directory).layers)))
     described = describe({"a.b": LayerSpec("w4a16_sp24", 32, 64, 64, 8)})
-    assert parse_description(described, low_rank=True)["a.b"].low_rank == 8
-    with pytest.raises(CheckpointError) as refused:
-        parse_description(described)
-    assert str(refused.value) == (
-        "config.json, quantization_config, layer a.b: the layer must have no low-rank correction here; got low_rank=8. "
-        "Load it with transformers, or compress without --low-rank."
-    )
+    assert parse_description(described)["a.b"].low_rank == 8
     described["layers"]["a.b"]["low_rank"] = 65
     with pytest.raises(CheckpointError, match=r"layer a\.b: low_rank must be at most 64; got 65\."):
-        parse_description(described, low_rank=True)
+        parse_description(described)
     described["layers"]["a.b"]["low_rank"] = 0
     with pytest.raises(CheckpointError, match=r"layer a\.b: low_rank must be a positive integer; got 0\."):
-        parse_description(described, low_rank=True)
+        parse_description(described)
     with pytest.raises(ValueError) as kinds:
         LayerRecipe(kind="sp24", low_rank=4)
     assert str(kinds.value) == "LayerRecipe: only kinds w4a16_sp24, w4a16_dense take a low_rank; got sp24, low_rank=4."

@@ -70,6 +70,7 @@ def test_tasks_give_the_numbers_of_the_harness(folder: Path) -> None:
     model, tokenizer = _model_that_prefers_b()
     found = run_tasks(model, tokenizer, ["letters"], folder=folder)
     assert found["letters"]["acc"] == pytest.approx(0.7)
+    assert set(found["letters"]) == {"acc", "acc_stderr"}
     first = run_tasks(model, tokenizer, ["letters"], folder=folder, limit=5)
     assert first["letters"]["acc"] == 1.0
 

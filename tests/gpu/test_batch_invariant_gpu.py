@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks.tiles import launcher
 from marlin import ops, runtime, settings
 from marlin.formats.layouts import PackedWeight, pack
 from marlin.runtime.invariant import Order, order
@@ -60,19 +61,7 @@ def test_rows_keep_their_bits_whatever_m_and_the_other_rows(
 def _run(plan: runtime.Plan, packed: PackedWeight, act: torch.Tensor) -> torch.Tensor:
     out = torch.full((act.shape[0], packed.n), torch.nan, dtype=act.dtype, device=DEVICE)
     assert not plan.num_tickets and not plan.workspace_bytes
-    runtime.launch(
-        plan,
-        act=act.data_ptr(),
-        codes=packed.codes.data_ptr(),
-        meta=0 if packed.meta is None else packed.meta.data_ptr(),
-        scales=packed.scales.data_ptr(),
-        bias=0,
-        out=out.data_ptr(),
-        workspace=0,
-        tickets=0,
-        lda=act.stride(0),
-        stream=torch.cuda.current_stream().cuda_stream,
-    )
+    launcher(plan, (torch.empty(0, device=DEVICE), torch.empty(0, device=DEVICE)))(packed, act, out)
     return out
 
 

@@ -77,10 +77,9 @@ def evaluate(
             models.check_model_directory(path)
     chosen = choose_device(device)
     precision = choose_dtype(dtype, chosen)
+    of_text = {"--text": text, "--against": against, "--prompt": prompt}
+    _check_options(tasks, of_text, {"--shots": shots, "--task-folder": task_folder}, limit)
     if tasks is not None:
-        require(
-            text is None and against is None and not prompt, "eval", "--tasks must stand alone", "a text or a model"
-        )
         asked = {"shots": shots, "limit": limit or None, "folder": task_folder}
         _run_tasks(models.load_model(directory, chosen, precision), tasks, asked, as_json)
         return
@@ -94,6 +93,14 @@ def evaluate(
     if prompt:
         result["continuations"] = [_continued((loaded[0], dense), loaded[1], each) for each in prompt]
     (print_json if as_json else _print)(result)
+
+
+def _check_options(tasks: str | None, of_text: dict[str, Any], of_tasks: dict[str, Any], limit: int | None) -> None:
+    """Refuse options that the other kind of evaluation would take."""
+    for place, options, right in (("a text", of_text, tasks is None), ("--tasks", of_tasks, tasks is not None)):
+        given = ", ".join(name for name, value in options.items() if value not in (None, []))
+        require(right or not given, "eval", f"these options go with {place} only", given, "Leave them out.")
+    require(limit is None or limit >= 0, "eval", "--limit must be at least 0", str(limit))
 
 
 def _run_text(loaded: tuple[Any, Any], dense: Any, text: str, windows: tuple[int, int], shown: bool) -> dict[str, Any]:

@@ -61,8 +61,9 @@ def recover(
     from marlin.formats.atomic import check_replaceable
     from marlin.formats.checkpoint import is_directory_of_ours
 
-    require(is_directory_of_ours(directory), "recover", "the first directory must be compressed", str(directory))
-    require(not is_directory_of_ours(dense), "recover", "the second directory must be dense", str(dense))
+    order = "The order is: compressed, dense, result."
+    require(is_directory_of_ours(directory), "recover", "the first directory must be compressed", str(directory), order)
+    require(not is_directory_of_ours(dense), "recover", "the second directory must be dense", str(dense), order)
     check_replaceable(output, False, is_directory_of_ours)
     name, text = calibration_text(calibration, "recover")
     given = recovery.settings(minutes, choose_device(device), seed, resume_dir)

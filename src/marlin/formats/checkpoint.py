@@ -74,16 +74,13 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _parse_layer(op: str, entry: Any, low_rank: bool) -> LayerSpec:
+def _parse_layer(op: str, entry: Any) -> LayerSpec:
     if not isinstance(entry, dict) or set(entry) - {"low_rank"} != {"kind", "group_size", "shape"}:
         got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
         raise refuse(op, "the entry must have exactly kind, group_size and shape", f"{got}", _SAVE_AGAIN)
     rank = entry.get("low_rank", 0)
     if not _is_int(rank) or rank < 0 or ("low_rank" in entry and rank == 0):
         raise refuse(op, "low_rank must be a positive integer", repr(rank), _SAVE_AGAIN)
-    if rank and not low_rank:
-        fix = "Load it with transformers, or compress without --low-rank."
-        raise refuse(op, "the layer must have no low-rank correction here", f"low_rank={rank}", fix)
     kind, group_size, shape = entry["kind"], entry["group_size"], entry["shape"]
     if kind not in KINDS:
         raise refuse(op, f"kind must be one of {KINDS}", repr(kind), "A newer release may read it.")
@@ -102,9 +99,8 @@ def _parse_layer(op: str, entry: Any, low_rank: bool) -> LayerSpec:
     return LayerSpec(kind, group_size, n, k, rank)
 
 
-def parse_description(config: Any, source: str = CONFIG_FILE, low_rank: bool = False) -> dict[str, LayerSpec]:
-    """Layers of a `quantization_config`, checked. source: the file that errors name. low_rank: whether the caller adds
-    low-rank corrections; otherwise layers with one are refused.
+def parse_description(config: Any, source: str = CONFIG_FILE) -> dict[str, LayerSpec]:
+    """Layers of a `quantization_config`, checked. source: the file that errors name.
 
     Raises: CheckpointError (quant_method, version, or a layer's entry; the text names key, value and way out).
     """
@@ -127,7 +123,7 @@ def parse_description(config: Any, source: str = CONFIG_FILE, low_rank: bool = F
             raise refuse(
                 op, "names of layers must be module names, as model.layers.0.mlp.up_proj", repr(name), _SAVE_AGAIN
             )
-    return {name: _parse_layer(f"{op}, layer {name}", entry, low_rank) for name, entry in layers.items()}
+    return {name: _parse_layer(f"{op}, layer {name}", entry) for name, entry in layers.items()}
 
 
 def describe(layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
@@ -310,7 +306,7 @@ def open_directory(directory: Path | str) -> Checkpoint:
     if "quantization_config" not in config:
         fix = "Compress the model first: marlin compress MODEL OUT."
         raise refuse(str(config_path), "the model must be compressed (key quantization_config)", "no such key", fix)
-    layers = parse_description(config["quantization_config"], str(config_path), low_rank=True)
+    layers = parse_description(config["quantization_config"], str(config_path))
     tensors = read_headers(directory)
     check_layer_tensors(layers, tensors, str(directory))
     return Checkpoint(directory, layers, tensors, config)

@@ -56,10 +56,10 @@ def run_tasks(
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Numbers of a task without the name of the filter ("acc,none"), except where another filter has the same."""
+    """Metrics of a task ("acc,none") without the name of the filter, except where another filter has the same."""
     found: dict[str, float] = {}
     for key, value in metrics.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            short = key.partition(",")[0]
-            found[key if short in found else short] = float(value)
+        name, comma, _ = key.partition(",")
+        if comma and isinstance(value, int | float):
+            found[key if name in found else name] = float(value)
     return found

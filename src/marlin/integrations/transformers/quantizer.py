@@ -45,7 +45,7 @@ class SparseMarlinConfig(QuantizationConfigMixin):
 
     def specs(self) -> dict[str, LayerSpec]:
         """The layers, checked."""
-        return checkpoint.parse_description(self.to_dict(), low_rank=True)
+        return checkpoint.parse_description(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, as in config.json."""

@@ -78,7 +78,7 @@ class SparseMarlinConfig(QuantizationConfig):
     def from_config(cls, config: Mapping[str, Any]) -> SparseMarlinConfig:
         """Of a `quantization_config`. Raises: CheckpointError (what no reader takes, by name)."""
         if config.get("quant_method") == QUANT_METHOD:
-            return cls(parse_description(config, low_rank=True))
+            return cls(parse_description(config))
         described = describe_published(config, CONFIG_FILE)
         forms, sizes = described.formats, described.facts.group_sizes
         if len(forms) != 1 or forms[0] not in (MARLIN_24, GPTQ_MARLIN_24) or len(sizes) != 1:
