@@ -11,27 +11,30 @@ from marlin.compress.recipe import HELPS, PLAIN
 WINDOW, GROUP_SIZE, SEED = 1024, 64, 0
 MAX_RATIO, PROBE_WINDOWS, PROBE_TOKENS = 1.9, 2, 512
 DENSE, MIXED, JOINT, BEST = "dense", "mixed", "joint", "joint-best"
-RECOVERED, AUTO, LOW_RANK = "joint-recovered", "auto-recovered", "joint-best-lr32"
+RECOVERED, AUTO, LOW_RANK, BLOCKS = "joint-recovered", "auto-recovered", "joint-best-lr32", "joint-blocks"
+STEPS = 384
 TEXTS = ("wiki", "news")
 
 
 @dataclass(frozen=True)
 class Method:
     """One line of the table. recipe: of every decoder layer; None for the dense model and mixed recipes. sequential:
-    as in `marlin.Options`. base: key of the row whose result is recovered."""
+    and reconstruct: as in `marlin.Options`. base: key of the row whose result is recovered."""
 
     method: str
     label: str
     recipe: LayerRecipe | None
     sequential: bool = False
     base: str | None = None
+    reconstruct: int = 0
 
 
-def _method(method: str, label: str, kind: str, sequential: bool = False, **more: Any) -> Method:
+def _method(method: str, label: str, kind: str, sequential: bool = False, reconstruct: int = 0, **more: Any) -> Method:
     options = [f"{name}={value}" for name, value in more.items()] + ["sequential"] * sequential
+    options += [f"reconstruct={reconstruct}"] * (reconstruct > 0)
     shown = " + ".join([method, *options])
     recipe = LayerRecipe(kind=kind, method=method, group_size=GROUP_SIZE, **{**PLAIN, **more})
-    return Method(shown, label, recipe, sequential)
+    return Method(shown, label, recipe, sequential, reconstruct=reconstruct)
 
 
 SPARSE, INT4 = ("sparsegpt", "2:4 INT4", "w4a16_sp24"), ("gptq", "INT4", "w4a16_dense")
@@ -45,6 +48,7 @@ METHODS: dict[str, Method] = {
     "joint-correct-1": _method(*SPARSE, sequential=True, correct=1.0, order="activation", refine=3),
     "joint-damped": _method(*SPARSE, sequential=True, **ALL_HELPS, damping=0.05),
     BEST: _method(*SPARSE, sequential=True, **ALL_HELPS),
+    BLOCKS: _method(*SPARSE, sequential=True, reconstruct=STEPS, **ALL_HELPS),
     LOW_RANK: _method(*SPARSE, sequential=True, **ALL_HELPS, low_rank=32),
     "rtn": _method("rtn", "INT4", "w4a16_dense"),
     "gptq": _method(*INT4),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pathlib
 import re
 import sys
@@ -15,10 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import marlin
 from benchmarks import quality_methods as methods
 from marlin import Options, Recipe
+from marlin.compress.store import fingerprint
 from marlin.errors import message
 
 MEASURING_SECONDS = 25.0
@@ -97,17 +101,28 @@ class Made:
     seconds: float | None
 
 
-def compress(material: Material, key: str, recipe: Recipe, label: str, sequential: bool = False) -> Made:
+def compress(
+    material: Material, key: str, recipe: Recipe, label: str, sequential: bool = False, reconstruct: int = 0
+) -> Made:
     """Compress the dense model; finished blocks are kept under setting.work and taken from there."""
     setting, resumed = material.setting, False
 
     def show(event: Any) -> None:
         nonlocal resumed
         resumed |= event.stage == "resumed"
-        print(f"\r{key}: block {event.done}/{event.total}, {event.seconds:.0f} s", end="", file=sys.stderr, flush=True)
+        error = "" if event.error is None else f", error {event.error:.4f}"
+        text = f"\r{key}: block {event.done}/{event.total}, {event.seconds:.0f} s{error}   "
+        print(text, end="", file=sys.stderr, flush=True)
 
     model = material.model()
-    options = Options(setting.device, methods.SEED, sequential=sequential, resume_dir=setting.work / key, progress=show)
+    options = Options(
+        setting.device,
+        methods.SEED,
+        sequential=sequential,
+        reconstruct=reconstruct,
+        resume_dir=setting.work / key,
+        progress=show,
+    )
     result = marlin.compress.compress_model(model, material.windows()[0], recipe, options=options)
     spent = setting.work / f"{key}.seconds"
     if not resumed:
@@ -167,11 +182,12 @@ def make(material: Material, key: str) -> Made:
     if key == methods.DENSE:
         return Made(material.model(), None, method.label, None)
     if method.recipe is not None:
-        return compress(material, key, Recipe(default=method.recipe), method.label, method.sequential)
+        recipe = Recipe(default=method.recipe)
+        return compress(material, key, recipe, method.label, method.sequential, method.reconstruct)
     if method.base is not None:
         return recover(material, key, make(material, method.base))
-    recipe, seconds = choose(material)
-    made = compress(material, key, recipe, "", method.sequential)
+    mixed, seconds = choose(material)
+    made = compress(material, key, mixed, "", method.sequential)
     made.label = share_label(made.result)
     made.seconds = None if seconds is None or made.seconds is None else seconds + made.seconds
     return made
@@ -187,26 +203,64 @@ def shower(key: str) -> Any:
     return show
 
 
-def write(material: Material, key: str, teacher: Any) -> float:
-    """Let the dense model write what all recoveries are trained on, once; returns the seconds that it took."""
-    setting = material.setting
-    if material.generated is None:
-        started = time.perf_counter()
-        recovery = marlin.compress.Recovery(
-            **setting.recovery,
-            minutes=setting.minutes,
-            device=setting.device,
-            seed=methods.SEED,
-            progress=shower(key),
+def writer(setting: Setting, key: str) -> marlin.compress.Recovery:
+    """The settings that text is written with."""
+    return marlin.compress.Recovery(
+        **setting.recovery, minutes=setting.minutes, device=setting.device, seed=methods.SEED, progress=shower(key)
+    )
+
+
+def kept_text(path: pathlib.Path, identity: dict[str, str], most: float) -> tuple[torch.Tensor, float] | None:
+    """Tokens kept at path and the seconds of writing them; None where others are, or took more than `most` seconds."""
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        if header.get("identity") != json.dumps(identity) or float(header["seconds"]) > most:
+            return None
+        return file.get_tensor("ids"), float(header["seconds"])
+
+
+def keep_text(path: pathlib.Path, identity: dict[str, str], ids: torch.Tensor, seconds: float) -> None:
+    """Write tokens aside and rename; a second run finds them."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(
+            {"ids": ids.contiguous()}, aside, metadata={"identity": json.dumps(identity), "seconds": f"{seconds}"}
         )
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write(material: Material, key: str, teacher: Any) -> float:
+    """Let the dense model write what all recoveries are trained on, once; returns the seconds that it took.
+
+    The tokens are kept under setting.work, by model, text and settings of the writing; how long a run lets it write is
+    not among them, so that one with more or less time takes them too (unless writing took half of its minutes).
+    """
+    setting = material.setting
+    if material.generated is not None:
+        return material.writing
+    recovery = writer(setting, key)
+    # Why cut: the tail of the text is held out by the recovery.
+    stream = material.stream("calibration")
+    stream = stream[: int(0.9 * stream.numel())]
+    names = ("generated_tokens", "generated_rows", "generated_length", "seed")
+    settings = {name: getattr(recovery, name) for name in names} | {"device": torch.device(setting.device).type}
+    identity, path = fingerprint(teacher, stream, "", settings), setting.work / "generated.safetensors"
+    found = kept_text(path, identity, 30 * setting.minutes)
+    if found is None:
+        started = time.perf_counter()
         seconds = min(setting.minutes * 60, max(setting.left(), 1.0)) * recovery.generation_share
-        # Why cut: the tail of the text is held out by the recovery.
-        stream = material.stream("calibration")
-        stream = stream[: int(0.9 * stream.numel())]
-        material.generated = marlin.compress.generate_text(teacher.to(setting.device), stream, recovery, seconds)
-        material.writing = time.perf_counter() - started
-        count = material.generated.numel()
-        print(f"\r{key}: {count} tokens written in {material.writing:.1f} s", file=sys.stderr, flush=True)
+        ids = marlin.compress.generate_text(teacher.to(setting.device), stream, recovery, seconds)
+        found = ids, time.perf_counter() - started
+        if ids.numel():
+            keep_text(path, identity, *found)
+        print(f"\r{key}: {ids.numel()} tokens written in {found[1]:.1f} s", file=sys.stderr, flush=True)
+    else:
+        print(f"{key}: {found[0].numel()} tokens taken from {path}", file=sys.stderr, flush=True)
+    material.generated, material.writing = found
     return material.writing
 
 

@@ -129,6 +129,39 @@ def test_compress_plans_before_it_compresses(
         assert summary["bits_per_weight"] <= 4.0 and len(summary["layers"]) == 2
 
 
+def test_compress_trains_blocks_on_several_devices(material: tuple[Path, Path], tmp_path: Path) -> None:
+    more = ("--reconstruct", "8", "--device", "cpu,cpu", "--samples", "8")
+    summary = json.loads(compress(material, tmp_path / "out", *more, "--json").stdout)
+    trained = summary["reconstruction"]
+    assert (trained["blocks"], trained["steps"]) == (2, 8) and trained["error_after"] <= trained["error_before"]
+    report = json.loads((tmp_path / "out" / "compression_report.json").read_text(encoding="utf-8"))
+    assert [row["steps"] for row in report["reconstruction"]] == [8, 8]
+    assert "| reconstruction, error_after |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    shown = _text(compress(material, tmp_path / "again", *more).stdout)
+    change = f"{trained['error_before']:.4f} to {trained['error_after']:.4f}"
+    assert f"trained 2 blocks, 8 steps each: error of held-out outputs {change}" in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (("--reconstruct", "-1"), "Options: reconstruct must be a number of steps, at least 0; got reconstruct=-1."),
+        (("--device", "cpu,tpu"), "--device: must be auto, cpu, cuda or cuda:N; got 'tpu'."),
+        (
+            ("--reconstruct", "4"),
+            "reconstruct: there must be two batches of calibration windows; got 1. Use more calibration windows, or a "
+            "smaller batch.",
+        ),
+    ],
+)
+def test_compress_refuses_training_and_devices_that_make_no_sense(
+    material: tuple[Path, Path], tmp_path: Path, more: tuple[str, str], text: str
+) -> None:
+    dense, calibration = material
+    small = ("-c", calibration, "--samples", "4", "--length", "32", "--device", "cpu", "-g", "32", "--json")
+    assert error_of("compress", dense, tmp_path / "o", *small, *more) == f"error: {text}"
+
+
 def test_compress_refuses_a_budget_that_cannot_be_kept(material: tuple[Path, Path], tmp_path: Path) -> None:
     dense, text = material
     given = ("compress", dense, tmp_path / "o", "-c", text, "--device", "cpu", "-g", "32", "--json")

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from marlin.compress import LayerRecipe, Options, Recipe, compress_model, preset
-from marlin.compress.block import BlockMaterial
 from marlin.compress.blocks import BlockRunner, Call, adds_to_output, decoder_blocks
 from marlin.compress.hessian import factor, output_error
 from marlin.compress.recipe import HELPS, PLAIN
@@ -107,12 +106,12 @@ def test_sequential_calibrates_on_the_compressed_layers_of_the_same_block() -> N
 def test_adds_to_output_tells_the_last_layer_from_the_others() -> None:
     model = tiny(1)
     _, blocks = decoder_blocks(model)
-    material = BlockMaterial(BlockRunner(blocks[0], torch.device("cpu"), None), [], [])
+    run = BlockRunner(blocks[0], torch.device("cpu"), None)
     hidden = torch.randn(1, 8, 64)
     position = model.model.rotary_emb(hidden, torch.arange(8).unsqueeze(0))
     call = Call((), {"position_embeddings": position})
     layers = {name: module for name, module in blocks[0].named_modules() if isinstance(module, torch.nn.Linear)}
-    adds = {name for name, layer in layers.items() if adds_to_output(material.run, layer, hidden, call)}
+    adds = {name for name, layer in layers.items() if adds_to_output(run, layer, hidden, call)}
     assert adds == {"mlp.down_proj"}
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import quality, quality_methods, records
+from benchmarks import quality, quality_methods, quality_models, records
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -68,6 +70,25 @@ def test_quality_recovers_with_the_best_trial_and_saves_what_it_measured(data: P
     assert report["learning_rate"] == quality_methods.TRIALS[min(trials, key=trials.__getitem__)]["learning_rate"]
 
 
+def test_quality_takes_the_text_that_an_earlier_run_wrote(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = '{"length": 32, "batch": 4, "generated_rows": %d, "generated_length": 32, "generated_tokens": 256}'
+    more = ["--rows", "joint-recovered", "--minutes", "0.02", "--trial-minutes", "0", "--again", "--recovery"]
+    drawn: list[int] = []
+    generate = quality_models.marlin.compress.generate_text
+
+    def counted(*given: Any) -> torch.Tensor:
+        drawn.append(given[2].generated_rows)
+        return torch.as_tensor(generate(*given))
+
+    monkeypatch.setattr(quality_models.marlin.compress, "generate_text", counted)
+    for rows in (4, 4, 2):
+        assert run(data, tmp_path / "quality-tiny.json", *more, settings % rows) == 0
+    assert drawn == [4, 2]
+    assert not list((tmp_path / "work").glob(".*"))
+
+
 def test_quality_leaves_rows_out_when_time_is_up(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "quality-tiny.json"
     assert run(data, out, "--rows", "dense,joint", "--until", "0") == 0
@@ -86,6 +107,17 @@ def test_quality_writes_a_row_per_method_in_the_order_of_the_table(data: Path, t
     assert 3.25 <= mixed["bits_per_weight"] <= 4.25
     assert all(row["wiki"] > 1 and row["news"] > 1 for row in record["rows"])
     assert "first 2 windows of 32 tokens" in record["protocol"]
+
+
+def test_quality_trains_blocks(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, method = tmp_path / "quality-tiny.json", quality_methods.METHODS["joint-blocks"]
+    assert method.method.endswith(f"correct=0.5 + sequential + reconstruct={quality_methods.STEPS}")
+    monkeypatch.setitem(quality_methods.METHODS, "joint-blocks", dataclasses.replace(method, reconstruct=4))
+    assert run(data, out, "--rows", "joint-blocks", "--samples", "8") == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["bits_per_weight"] == 3.25 and row["wiki"] > 1 and row["seconds"] > 0
+    kept = json.loads((tmp_path / "work" / "joint-blocks" / "fingerprint.json").read_text())
+    assert json.loads(kept["options"])["reconstruct"] == 4
 
 
 def test_quality_keeps_the_figures_that_a_record_has(data: Path, tmp_path: Path) -> None:

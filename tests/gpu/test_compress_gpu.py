@@ -12,6 +12,7 @@ import torch
 from marlin import nn
 from marlin.compress import LayerRecipe, Options, Recipe, Recovery, compress_model, graphs, recover, refine, solvers
 from marlin.compress.hessian import factor, output_error
+from marlin.compress.recipe import PLAIN
 from marlin.compress.sampling import FREE, sample
 from marlin.compress.solvers import activation_order, solve
 from marlin.formats import LowRank
@@ -73,6 +74,26 @@ def test_recover_on_the_gpu_lowers_the_divergence() -> None:
     settings = Recovery(steps=40, device="cuda", **QUICK)
     report = recover(copy.deepcopy(model), dense, weights, stream(), recovery=settings).report
     assert report["divergence"] < 0.98 * report["divergence_before"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_reconstruct_on_the_gpu_brings_blocks_nearer(dtype: torch.dtype) -> None:
+    recipe, model = Recipe(default=LayerRecipe(group_size=32, **PLAIN)), tiny().to(dtype)
+    done = compress_model(model, stream(512).view(16, 32), recipe, options=Options("cuda", reconstruct=32))
+    assert all(row.error_after < row.error_before for row in done.blocks)
+    for name, weight in done.weights.items():
+        assert torch.equal(model.get_submodule(name).weight, weight.to_dense(torch.float32).to(dtype))
+
+
+def test_two_gpus_find_what_one_finds() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    recipe, errors = Recipe(default=LayerRecipe(group_size=32, low_rank=4)), []
+    for device in ("cuda:0", "cuda:0,cuda:1", "cuda:1,cuda:0"):
+        options = Options(device, autocast="none", reconstruct=4)
+        report = compress_model(tiny(), stream(512).view(16, 32), recipe, options=options).report
+        errors.append(sum(row.relative_error or 0.0 for row in report))
+    assert errors[1:] == pytest.approx([errors[0]] * 2, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

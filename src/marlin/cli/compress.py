@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from marlin.errors import message, require
 if TYPE_CHECKING:
     import torch
 
-    from marlin.compress import Compressed, Options, Recipe
+    from marlin.compress import Compressed, Event, Options, Recipe
 
 
 AUTO = "auto"
@@ -135,7 +136,24 @@ def _summary(output: Path, recipe: str, calibration: str, compressed: Compressed
         "bits_per_weight": compressed.bits_per_weight(),
         "worst_relative_error": max(errors, default=None),
         "seconds": round(compressed.seconds, 1),
+        **({"reconstruction": compressed.reconstruction()} if compressed.blocks else {}),
     }
+
+
+def _devices(names: str) -> list[torch.device]:
+    """The devices named, with commas between them. Raises: as `choose_device`."""
+    return [choose_device(name.strip()) for name in names.split(",")]
+
+
+def _shows_blocks(display: Any, description: str) -> Callable[[Event], None]:
+    """Progress through the blocks on one bar of display, with the error of one that is being trained."""
+    task = display.add_task(description, total=None)
+
+    def show(event: Event) -> None:
+        more = "" if event.error is None else f", training block {event.done}: error {event.error:.4f}"
+        display.update(task, completed=event.done, total=event.total, description=description + more)
+
+    return show
 
 
 def _budget(recipe: str, bits: float | None, max_ppl_increase: float | None) -> dict[str, float]:
@@ -196,7 +214,6 @@ def _streams(wanted: bool | None, source: Path, loads: bool) -> bool:
 
 def _stream(job: Job) -> Compressed:
     """Compress block by block out of the files."""
-    import torch
     from transformers import AutoTokenizer
 
     from marlin import api
@@ -208,10 +225,9 @@ def _stream(job: Job) -> Compressed:
     assert job.recipe is not None
     tokenizer = AutoTokenizer.from_pretrained(str(job.source), local_files_only=True)
     windows = calibration_windows(api.tokenize(job.text, tokenizer), job.samples, job.length, job.options.seed)
-    precision = Precision(_precision(torch.device(job.options.device), job.dtype), job.dtype)
+    precision = Precision(_precision(job.options.first_device, job.dtype), job.dtype)
     with progress_bar(job.shown) as display:
-        show = counter(display, "compressing blocks out of the files")
-        options = replace(job.options, progress=lambda event: show(event.done, event.total))
+        options = replace(job.options, progress=_shows_blocks(display, "compressing blocks out of the files"))
         return compress_directory(
             job.source, job.output, windows, job.recipe, precision=precision, tokenizer=tokenizer, options=options
         )
@@ -227,15 +243,14 @@ def _run(job: Job) -> tuple[Compressed, dict[str, Any] | None]:
 
     if job.stream:
         return _stream(job), None
-    device = torch.device(job.options.device)
+    device = job.options.first_device
     precision = _precision(device, job.dtype)
     model, tokenizer = load_model(job.source, torch.device("cpu"), precision)
     stream = api.tokenize(job.text, tokenizer)
     recipe = _planned(job, model, stream) if job.recipe is None else job.recipe
     windows = calibration_windows(stream, job.samples, job.length, job.options.seed)
     with progress_bar(job.shown) as display:
-        show = counter(display, "compressing blocks")
-        options = replace(job.options, progress=lambda event: show(event.done, event.total))
+        options = replace(job.options, progress=_shows_blocks(display, "compressing blocks"))
         compressed = api.compress(model, windows, recipe, options=options, dtype=job.dtype)
     report, numbers = None, None
     if job.minutes is not None:
@@ -264,9 +279,10 @@ def compress(
     length: int = typer.Option(1024, "--length", min=1, help="Tokens per calibration window."),
     group_size: int | None = typer.Option(None, "--group-size", "-g", help="32, 64, 128 or -1 (one scale per row)."),
     method: str | None = typer.Option(None, "--method", help="Replaces the method of the recipe's default."),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N; holds one block at a time."),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N; several share: cuda:0,cuda:1."),
     dtype: str = typer.Option("auto", "--dtype", help="Of scales and unquantized tensors: float16 or bfloat16."),
     low_rank: int | None = typer.Option(None, "--low-rank", metavar="R", help="Add 16-bit corrections of this rank."),
+    reconstruct: int = typer.Option(0, "--reconstruct", metavar="STEPS", help="Train each block so many steps."),
     bits: float | None = typer.Option(None, "--bits", help="Of --recipe auto: at most so many bits per weight."),
     max_ppl_increase: float | None = typer.Option(None, help="Of --recipe auto: at most so much more, e.g. 0.15."),
     recover: float | None = typer.Option(None, "--recover", metavar="MINUTES", help="Then train so long; wants a GPU."),
@@ -284,9 +300,9 @@ def compress(
     Examples:
       marlin compress MODEL OUT --calibration text.txt
       marlin compress MODEL OUT -r int4 -g 64 --samples 64 --resume-dir /tmp/resume
-      marlin compress MODEL OUT -r recipe.json --device cuda --json
+      marlin compress MODEL OUT -r recipe.json --device cuda:0,cuda:1 --json
       marlin compress MODEL OUT --recipe auto --bits 3.5
-      marlin compress MODEL OUT -g 64 --recover 20 --resume-dir /tmp/resume
+      marlin compress MODEL OUT -g 64 --reconstruct 384 --recover 20 --resume-dir /tmp/resume
     """
     from marlin.demo import models
 
@@ -301,7 +317,7 @@ def compress(
     from marlin.formats.checkpoint import is_directory_of_ours
 
     check_replaceable(output, False, is_directory_of_ours)
-    options = Options(choose_device(device), seed, resume_dir=resume_dir)
+    options = Options(_devices(device), seed, reconstruct=reconstruct, resume_dir=resume_dir)
     job = Job(
         model, output, text, samples, length, chosen_recipe, group_size or GROUP_SIZE, budget, options,
         _saved_dtype(dtype, model), recover, _streams(stream, model, bool(recover) or recipe == AUTO), not as_json,
@@ -313,12 +329,20 @@ def compress(
     (print_json if as_json else _print)(summary)
 
 
+def _trained(shown: dict[str, Any]) -> str:
+    """What came of the blocks' training, in words."""
+    change = f"{shown['error_before']:.4f} to {shown['error_after']:.4f}"
+    return f"trained {shown['blocks']} blocks, {shown['steps']} steps each: error of held-out outputs {change}"
+
+
 def _print(summary: dict[str, Any]) -> None:
     layers = ", ".join(f"{count} {kind}" for kind, count in sorted(summary["layers"].items()))
     lines = [
         f"wrote {summary['output']}: {layers}; {summary['bits_per_weight']:.3f} bits per weight "
         f"in {summary['seconds']:.0f} s"
     ]
+    if "reconstruction" in summary:
+        lines.append(_trained(summary["reconstruction"]))
     if "recovery" in summary:
         lines.append(recovery.sentence(summary["recovery"]))
     for line in lines:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from marlin.compress.blocks import module_device
+from marlin.compress.options import Options
 from marlin.compress.recipe import LayerRecipe, Recipe
 from marlin.compress.report import LayerReport
 from marlin.compress.sensitivity import Unit, choose, for_bits, measure
-from marlin.compress.walk import Options, compress_model, plan_layers
+from marlin.compress.walk import compress_model, plan_layers
 from marlin.errors import require
 
 OP = "auto"
@@ -54,21 +55,22 @@ def plan(
     """The mixed recipe for at most `bits` stored bits a weight, or for a perplexity at most (1 + max_ppl_increase)
     times the dense model's (one of the two).
 
-    model: dense, unchanged afterwards; compressed once in a copy, all layers to 2:4, and measured on options.device as
-    a whole. calibration: int64 [S, T]. probe: int64 [B, T] of other text, one batch. progress(done, total): blocks
+    model: dense, unchanged afterwards; compressed once in a copy, all layers to 2:4, and measured on the first device
+    as a whole. calibration: int64 [S, T]. probe: int64 [B, T] of other text, one batch. progress(done, total): blocks
     measured. options: of the copy's run, whose finished blocks are kept below options.resume_dir.
     Raises: ValueError (neither or both budgets, one that cannot be kept; see also `compress_model`).
     """
     given = (bits is None) != (max_ppl_increase is None)
     require(given, OP, "one of bits and max_ppl_increase must be given", f"bits={bits}, {max_ppl_increase=}")
     options = options or Options()
-    first = options
+    # Why not trained: each unit is measured in the dense model, whose norms are not those of a trained block.
+    first = replace(options, reconstruct=0)
     if options.resume_dir is not None:
-        first = replace(options, resume_dir=Path(options.resume_dir) / FIRST_PASS)
+        first = replace(first, resume_dir=Path(options.resume_dir) / FIRST_PASS)
     everything = Recipe(default=LayerRecipe(group_size=group_size))
     weights = compress_model(copy.deepcopy(model), calibration, everything, options=first).weights
     home = module_device(model)
-    model.to(options.device)
+    model.to(options.first_device)
     dense, ratio = LayerRecipe(kind="w4a16_dense", group_size=group_size), None
     units = measure(model, weights, probe, options=options, progress=progress)
     if bits is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +29,7 @@ from marlin.compress.hessian import Factor, factor, output_error
 from marlin.compress.low_rank import corrected
 from marlin.compress.recipe import METHODS, LayerRecipe
 from marlin.compress.refine import refine
+from marlin.compress.replicas import Replicas
 from marlin.compress.report import LayerReport
 from marlin.compress.solvers import Solution, activation_order, solve
 from marlin.compress.store import BlockResult
@@ -47,10 +48,15 @@ class BlockMaterial:
     """What a block is calibrated with. hidden: its inputs, from the compressed blocks before it; calls: the other
     arguments; dense: what this block does in the dense model (None: nothing is corrected)."""
 
-    run: BlockRunner
+    replicas: Replicas
     hidden: list[torch.Tensor]
     calls: list[Call]
     dense: DensePass | None = None
+
+    @property
+    def run(self) -> BlockRunner:
+        """On the device that solves."""
+        return self.replicas.runs[0]
 
 
 @dataclass
@@ -72,17 +78,25 @@ class _Moments:
         return self.hessian[order][:, order]
 
 
-def _collect(material: BlockMaterial, layers: dict[str, nn.Linear], tail: str | None = None) -> InputSums:
-    """Sums over the calibration batches for these layers."""
-    sums = InputSums(tail=tail)
-    with sums.collect(layers):
-        for index, (hidden, call) in enumerate(zip(material.hidden, material.calls, strict=True)):
-            if material.dense is not None:
-                sums.refer(material.dense.inputs[index])
-            out = run_until(material.run, hidden, call)
-            if tail is not None and material.dense is not None and out is not None:
-                sums.add_lack(material.dense.outputs[index] - out)
-    return sums
+def _collect(material: BlockMaterial, names: Iterable[str], tail: str | None = None) -> InputSums:
+    """Sums over the calibration batches for the layers of these names, on the device that solves."""
+    wanted, device = list(names), material.run.device
+
+    def share(run: BlockRunner, batches: list[int]) -> InputSums:
+        sums, layers = InputSums(tail=tail), linear_layers(run.block)
+        with sums.collect({name: layers[name] for name in wanted}):
+            for index in batches:
+                if material.dense is not None:
+                    sums.refer(material.dense.inputs[index])
+                out = run_until(run, material.hidden[index], material.calls[index])
+                if tail is not None and material.dense is not None and out is not None:
+                    sums.add_lack(material.dense.outputs[index] - out)
+        return sums
+
+    first, *others = material.replicas.spread(share, len(material.hidden))
+    for other in others:
+        first.merge(other, device)
+    return first
 
 
 def _stages(groups: list[list[str]], sequential: bool) -> list[list[list[str]]]:
@@ -121,12 +135,14 @@ def compress_block(
         last = watched.pop(tail, None) if tail is not None else None
         sums = _collect(material, watched) if watched else InputSums()
         if tail is not None and last is not None:
-            found = _collect(material, {tail: last}, tail)
+            found = _collect(material, [tail], tail)
             sums = InputSums(sums.sums | found.sums, sums.cross | found.cross, tail, found.lack)
         for members in stage:
             _solve_group(members, layers, names, plan, _moments(sums, members[0], names[members[0]]), result)
         if sequential:
-            write_back({name: layers[name] for members in stage for name in members}, names, result)
+            solved = {name: layers[name] for members in stage for name in members}
+            write_back(solved, names, result)
+            material.replicas.follow(solved)
     for name in layers if not treated else unreached:
         _solve_group([name], layers, names, plan, _Moments(), result)
     order = {name: position for position, name in enumerate(names.values())}

@@ -224,15 +224,14 @@ class DensePass:
     inputs: list[dict[str, torch.Tensor]]
 
 
-def dense_pass(run: BlockRunner, hidden: list[torch.Tensor], calls: list[Call], keep_inputs: bool) -> DensePass:
-    """Run all batches; inputs (none unless keep_inputs) wait where the hidden states do, shared ones once."""
-    done = DensePass([], [])
-    for rows, call in zip(hidden, calls, strict=True):
-        with recorded_inputs(linear_layers(run.block) if keep_inputs else {}) as found:
-            done.outputs.append(run(rows, call))
-        once = {id(tensor): tensor.to(rows.device) for tensor in found.values()}
-        done.inputs.append({name: once[id(tensor)] for name, tensor in found.items()})
-    return done
+def run_recorded(
+    run: BlockRunner, hidden: torch.Tensor, call: Call, keep_inputs: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(output, inputs of the linear layers by name); they wait where hidden does, shared ones once."""
+    with recorded_inputs(linear_layers(run.block) if keep_inputs else {}) as found:
+        out = run(hidden, call)
+    once = {id(tensor): tensor.to(hidden.device) for tensor in found.values()}
+    return out, {name: once[id(tensor)] for name, tensor in found.items()}
 
 
 def adds_to_output(run: BlockRunner, layer: nn.Linear, hidden: torch.Tensor, call: Call) -> bool:
@@ -293,20 +292,32 @@ class InputSums:
             for handle in handles:
                 handle.remove()
 
+    def merge(self, other: InputSums, device: torch.device) -> None:
+        """Add the sums over other batches, wherever they are, on this device."""
+        for name, theirs in other.sums.items():
+            self.sums.setdefault(name, HessianSum(theirs.total.shape[0], device)).merge(theirs)
+        for name, cross in other.cross.items():
+            mine = self.cross.get(name)
+            self.cross[name] = cross.to(device) if mine is None else mine.add_(cross.to(device))
+        self._uneven |= other._uneven
+        for name in self._uneven:
+            self.cross.pop(name, None)
+        if other.lack is not None:
+            self.lack = other.lack.to(device) if self.lack is None else self.lack.add_(other.lack.to(device))
+
     def refer(self, inputs: dict[str, torch.Tensor]) -> None:
         """The dense model's inputs of the next batch."""
         self._reference = inputs
 
     def _add_cross(self, name: str, inputs: torch.Tensor) -> None:
-        other = self._reference.get(name)
-        if other is None or name in self._uneven:
+        if not self._reference or name in self._uneven:
             return
-        other = other.to(inputs.device)
-        if other.shape != inputs.shape:
+        other = self._reference.get(name)
+        if other is None or other.shape != inputs.shape:
             self._uneven.add(name)
             self.cross.pop(name, None)
             return
-        rows, others = (x.reshape(-1, x.shape[-1]).float() for x in (inputs, other))
+        rows, others = (x.reshape(-1, x.shape[-1]).float() for x in (inputs, other.to(inputs.device)))
         if name not in self.cross:
             self.cross[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         self.cross[name].addmm_(others.T, rows)

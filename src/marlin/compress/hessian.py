@@ -39,6 +39,11 @@ class HessianSum:
         self.total.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
 
+    def merge(self, other: HessianSum) -> None:
+        """Add another sum, which may be on another device."""
+        self.total.add_(other.total.to(self.total.device))
+        self.tokens += other.tokens
+
     def mean(self, name: str) -> torch.Tensor:
         """H = mean of x x^T, fp32 [K, K].
 

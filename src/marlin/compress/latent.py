@@ -112,10 +112,15 @@ def mean_scale(weights: Mapping[str, Weight]) -> float:
 
 
 def put_latents(
-    model: nn.Module, weights: Mapping[str, Weight], learn_scales: bool, unit: float | None
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    learn_scales: bool,
+    unit: float | None,
+    low_rank: Mapping[str, LowRank] | None = None,
 ) -> dict[str, nn.Module]:
     """Put a `LatentLinear` in the place of each named module, on its device; returns what stood there.
 
+    low_rank: corrections by name, which stay as they are; None takes those that the modules have.
     Raises: ValueError (no such module, or one that is no linear layer of the weight's shape).
     """
     op, originals = "recover", {}
@@ -130,8 +135,9 @@ def put_latents(
         originals[name] = module
     for name, module in originals.items():
         home = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-        bias, low_rank = getattr(module, "bias", None), getattr(module, "low_rank", None)
-        layer = LatentLinear(weights[name], bias, learn_scales, unit, low_rank).to(home)
+        bias = getattr(module, "bias", None)
+        low = getattr(module, "low_rank", None) if low_rank is None else low_rank.get(name)
+        layer = LatentLinear(weights[name], bias, learn_scales, unit, low).to(home)
         _set(model, name, layer)
     return originals
 

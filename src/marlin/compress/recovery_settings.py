@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from marlin.compress.walk import Options
+from marlin.compress.options import Options
 from marlin.errors import require
 
 
@@ -64,7 +64,7 @@ class Recovery:
     generated_tokens: int = 32_000_000
     generation_share: float = 0.15
     generated_share: float = 0.9
-    generated_rows: int = 4096
+    generated_rows: int = 8192
     generated_length: int = 512
     temperature: float = 1.0
     validations: int = 16

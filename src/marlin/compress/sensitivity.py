@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from marlin.compress.blocks import BlockRunner, Captured, capture_calls, decoder_blocks, linear_layers, module_device
+from marlin.compress.options import Options
 from marlin.compress.recipe import LayerRecipe, Recipe
 from marlin.compress.solvers import round_to_nearest
-from marlin.compress.walk import Options
 from marlin.errors import require
 from marlin.formats import Weight
 

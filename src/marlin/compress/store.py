@@ -19,24 +19,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from marlin.compress.report import LayerReport, write_text
+from marlin.compress.report import BlockReport, LayerReport, write_text
 from marlin.errors import CheckpointError, message
 from marlin.formats import CompressedWeight, DenseInt4Weight, LowRank, Weight
 
 VERSION = 1
 SAMPLED = 4096
 OP = "resume"
+OTHER = "other:"
 
 
 @dataclass
 class BlockResult:
     """weights: canonical weights; floats: dense fp32 values of layers that have no packed form; low_rank: corrections
-    of some weights; by full module name."""
+    of some weights; by full module name. others: norms and biases that training changed, by full parameter name.
+    trained: how the block was trained, or None."""
 
     weights: dict[str, Weight]
     floats: dict[str, torch.Tensor]
     report: list[LayerReport]
     low_rank: dict[str, LowRank] = field(default_factory=dict)
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+    trained: BlockReport | None = None
 
 
 def fingerprint(
@@ -102,10 +106,13 @@ class Store:
         for name, low in result.low_rank.items():
             tensors[f"{name}.low_rank_up"], tensors[f"{name}.low_rank_down"] = low.up.cpu(), low.down.cpu()
         tensors.update({f"{name}.dense": value.cpu().contiguous() for name, value in result.floats.items()})
+        tensors.update({f"{OTHER}{name}": value.cpu().contiguous() for name, value in result.others.items()})
         header = {
             "report": json.dumps([asdict(row) for row in result.report]),
             "groups": json.dumps(groups),
         }
+        if result.trained is not None:
+            header["trained"] = json.dumps(asdict(result.trained))
         path = self._path(index)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -125,15 +132,17 @@ class Store:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             groups = json.loads(header["groups"])
             report = [LayerReport(**row) for row in json.loads(header["report"])]
+            trained = BlockReport(**json.loads(header["trained"])) if "trained" in header else None
             weights = {name: _weight(tensors, name, size) for name, size in groups.items()}
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise CheckpointError(
                 message(OP, f"{path.name} must be whole", str(error), f"Delete {path} and start again.")
             ) from error
+        others = {key.removeprefix(OTHER): tensors.pop(key) for key in list(tensors) if key.startswith(OTHER)}
         floats = {key.removesuffix(".dense"): value for key, value in tensors.items() if key.endswith(".dense")}
         ranked = [name for name in groups if f"{name}.low_rank_up" in tensors]
         low = {name: LowRank(tensors[f"{name}.low_rank_up"], tensors[f"{name}.low_rank_down"]) for name in ranked}
-        return BlockResult(weights, floats, report, low)
+        return BlockResult(weights, floats, report, low, others, trained)
 
 
 def _weight(tensors: dict[str, torch.Tensor], name: str, group_size: int) -> Weight:

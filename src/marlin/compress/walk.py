@@ -9,65 +9,27 @@ layouts and kernels.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from marlin.compress import graphs
-from marlin.compress.block import BlockMaterial, compress_block, write_back
-from marlin.compress.blocks import BlockRunner, Call, capture_calls, decoder_blocks, dense_pass, linear_layers
+from marlin.compress.block import BlockMaterial, compress_block
+from marlin.compress.blocks import Call, DensePass, capture_calls, decoder_blocks, linear_layers, run_recorded
+from marlin.compress.options import Options
 from marlin.compress.recipe import LayerRecipe, Recipe
-from marlin.compress.report import Compressed, Event, LayerReport, Progress
+from marlin.compress.reconstruct import Pairs, Schedule, held_out, put_result, reconstruct
+from marlin.compress.replicas import Replicas, owner
+from marlin.compress.report import Compressed, Event
 from marlin.compress.store import BlockResult, Store, fingerprint
 from marlin.errors import message, require
 
 OP = "compress_model"
 MAX_WAITING_SHARE = 0.05
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a compression runs; what it does is the recipe's matter.
-
-    device: where blocks and Hessians live while they are worked on.
-    seed: seeds torch's generator, for models whose blocks draw random numbers.
-    batch: calibration rows in one forward pass of a block.
-    sequential: layers of a block are solved in the order of their calls, each calibrated with what the compressed
-    ones before it in the same block produce; one more pass through the block for each input that layers share. None:
-    where the recipe corrects.
-    autocast: dtype of the forward passes' matrix products: "auto" (bfloat16 for float32 models where the device has
-    it), "bfloat16", or "none".
-    resume_dir: where finished blocks are kept, and taken from; None keeps nothing.
-    progress: called with an `Event` after the capture and after each block.
-    """
-
-    device: str | torch.device = "cpu"
-    seed: int = 0
-    batch: int = 4
-    sequential: bool | None = None
-    autocast: str = "auto"
-    resume_dir: str | Path | None = None
-    progress: Progress | None = None
-
-    def __post_init__(self) -> None:
-        require(self.batch >= 1, "Options", "batch must be at least 1", f"batch={self.batch}")
-        choices = ("auto", "bfloat16", "none")
-        require(self.autocast in choices, "Options", f"autocast must be one of {choices}", repr(self.autocast))
-
-    def autocast_dtype(self, model: nn.Module) -> torch.dtype | None:
-        """The dtype that `autocast` stands for with this model on this device."""
-        if self.autocast != "auto":
-            return torch.bfloat16 if self.autocast == "bfloat16" else None
-        if next(model.parameters()).dtype != torch.float32:
-            return None
-        if torch.device(self.device).type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        return torch.bfloat16 if fast is not None and fast() else None
 
 
 def _check_calibration(calibration: torch.Tensor) -> None:
@@ -150,8 +112,7 @@ def compress_model(
         options = replace(options, sequential=any(layer.correct > 0 for layer in plan.values()))
     store = None
     if options.resume_dir is not None:
-        numeric = {"autocast": str(autocast), "batch": options.batch, "device": str(options.device)}
-        numeric |= {"seed": options.seed, "sequential": options.sequential}
+        numeric = _numeric(options, autocast)
         identity = None if keeper is None else keeper.identity()
         store = Store(options.resume_dir, fingerprint(model, calibration, recipe.to_json(), numeric, identity))
     was_training = model.training
@@ -168,13 +129,25 @@ def compress_model(
     return result
 
 
-def _waiting_place(device: torch.device, hidden: list[torch.Tensor]) -> torch.device:
-    """Where hidden states wait for their block: on the device where they take little of its free memory."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if sum(h.numel() * h.element_size() for h in hidden) < MAX_WAITING_SHARE * free:
-            return device
-    return torch.device("cpu")
+def _numeric(options: Options, autocast: torch.dtype | None) -> dict[str, Any]:
+    """Options that the result depends on."""
+    devices = ",".join(str(device) for device in options.devices)
+    numeric: dict[str, Any] = {"autocast": str(autocast), "batch": options.batch, "device": devices}
+    numeric |= {"seed": options.seed, "sequential": options.sequential}
+    if options.reconstruct:
+        numeric |= {"reconstruct": options.reconstruct, "reconstruct_rate": options.reconstruct_rate}
+    return numeric
+
+
+def _put_waiting(hidden: list[torch.Tensor], devices: Sequence[torch.device]) -> list[torch.Tensor]:
+    """Hidden states where they wait for their block: on the device of their share where they take little of its free
+    memory, else on the CPU."""
+    homes = [devices[owner(index, len(hidden), len(devices))] for index in range(len(hidden))]
+    for device in set(homes):
+        share = sum(h.numel() * h.element_size() for h, home in zip(hidden, homes, strict=True) if home == device)
+        if device.type != "cuda" or share >= MAX_WAITING_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return [h.to("cpu") for h in hidden]
+    return [h.to(home) for h, home in zip(hidden, homes, strict=True)]
 
 
 @dataclass
@@ -193,58 +166,86 @@ class _Walk:
         """Compress block by block."""
         prefix, blocks = decoder_blocks(self.model)
         captured = capture_calls(self.model, blocks, calibration, self.options.batch)
-        place = _waiting_place(torch.device(self.options.device), captured.hidden)
-        hidden = [h.to(place) for h in captured.hidden]
-        # Why a second stream: correcting compares with what the dense model computes for the same tokens.
-        dense = list(hidden) if any(recipe.correct > 0 for recipe in self.plan.values()) else None
-        self._tell("capture", 0, len(blocks), [])
+        if self.options.reconstruct:
+            held_out(len(captured.hidden))
+        hidden = _put_waiting(captured.hidden, self.options.devices)
+        # Why a second stream: correcting and training compare with what the dense model computes for the same tokens.
+        compares = self.options.reconstruct > 0 or any(recipe.correct > 0 for recipe in self.plan.values())
+        dense = list(hidden) if compares else None
+        self._tell(Event("capture", 0, len(blocks), 0.0))
         compressed = Compressed({}, [])
         for index, block in enumerate(blocks):
-            name, last = f"{prefix}.{index}", index + 1 == len(blocks)
+            place = _Place(index, len(blocks), f"{prefix}.{index}", captured.calls[index])
             if self.keeper is not None:
-                self.keeper.open(name, block)
-            stage, result, hidden, dense = self._block(index, name, block, captured.calls[index], hidden, dense, last)
+                self.keeper.open(place.name, block)
+            stage, result, hidden, dense = self._block(place, block, hidden, dense)
             if self.keeper is not None:
-                self.keeper.close(name, block, result)
+                self.keeper.close(place.name, block, result)
             else:
                 compressed.weights.update(result.weights)
                 compressed.low_rank.update(result.low_rank)
             compressed.report.extend(result.report)
-            self._tell(stage, index + 1, len(blocks), result.report)
+            compressed.blocks.extend([] if result.trained is None else [result.trained])
+            self._tell(Event(stage, index + 1, len(blocks), 0.0, tuple(result.report), result.trained))
         return compressed
 
     def _block(
-        self,
-        index: int,
-        name: str,
-        block: nn.Module,
-        calls: list[Call],
-        hidden: list[torch.Tensor],
-        dense: list[torch.Tensor] | None,
-        last: bool,
+        self, place: _Place, block: nn.Module, hidden: list[torch.Tensor], dense: list[torch.Tensor] | None
     ) -> tuple[str, BlockResult, list[torch.Tensor], list[torch.Tensor] | None]:
         """(stage, result, inputs of the next block, the same in the dense model) of one block, left with its result."""
-        device, home = torch.device(self.options.device), next(block.parameters()).device
-        block.to(device)
-        run = BlockRunner(block, device, self.autocast)
-        names = {layer: f"{name}.{layer}" for layer in linear_layers(block)}
-        result = self.store.load(index) if self.store is not None else None
-        corrects = any(self.plan[layer].correct > 0 for layer in names.values())
-        passed = None if dense is None else dense_pass(run, dense, calls, corrects and result is None)
+        home = next(block.parameters()).device
+        replicas = Replicas(block, self.options.devices, self.autocast)
+        result = self.store.load(place.index) if self.store is not None else None
+        corrects = any(self.plan[f"{place.name}.{layer}"].correct > 0 for layer in linear_layers(block))
+        passed = None if dense is None else _dense_pass(replicas, dense, place.calls, corrects and result is None)
         stage = "block" if result is None else "resumed"
         if result is None:
-            material = BlockMaterial(run, hidden, calls, passed if corrects else None)
-            result = compress_block(material, names, self.plan, bool(self.options.sequential))
+            material = BlockMaterial(replicas, hidden, place.calls, passed if corrects else None)
+            result = self._solve(place, material, None if passed is None else passed.outputs)
             if self.store is not None:
-                self.store.save(index, result)
-        write_back(linear_layers(block), names, result)
-        if not last:
-            hidden = [run(h, call) for h, call in zip(hidden, calls, strict=True)]
+                self.store.save(place.index, result)
+        put_result(block, place.name, result)
+        if place.index + 1 < place.total:
+            replicas.follow()
+            hidden = replicas.each(lambda run, index: run(hidden[index], place.calls[index]), len(hidden))
             dense = None if passed is None else passed.outputs
         block.to(home)
         return stage, result, hidden, dense
 
-    def _tell(self, stage: str, done: int, total: int, layers: list[LayerReport]) -> None:
+    def _solve(self, place: _Place, material: BlockMaterial, wanted: list[torch.Tensor] | None) -> BlockResult:
+        """Solve the layers of a block and train it. wanted: its outputs in the dense model."""
+        names = {layer: f"{place.name}.{layer}" for layer in linear_layers(material.run.block)}
+        result = compress_block(material, names, self.plan, bool(self.options.sequential))
+        if not self.options.reconstruct or wanted is None:
+            return result
+
+        def tell(step: int, error: float) -> None:
+            self._tell(Event("reconstruct", place.index, place.total, 0.0, step=step, error=error))
+
+        put_result(material.run.block, place.name, result)
+        if material.dense is not None:
+            material.dense.inputs.clear()  # Why: training needs the memory.
+        options = self.options
+        schedule = Schedule(options.reconstruct, options.reconstruct_rate, options.seed + place.index, tell)
+        pairs = Pairs(material.hidden, place.calls, wanted)
+        return reconstruct(material.run, place.name, result, pairs, schedule)
+
+    def _tell(self, event: Event) -> None:
         if self.options.progress is not None:
-            seconds = time.perf_counter() - self.started
-            self.options.progress(Event(stage, done, total, seconds, tuple(layers)))
+            self.options.progress(replace(event, seconds=time.perf_counter() - self.started))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Of a block in the model. calls: by batch."""
+
+    index: int
+    total: int
+    name: str
+    calls: list[Call]
+
+
+def _dense_pass(replicas: Replicas, hidden: list[torch.Tensor], calls: list[Call], keep_inputs: bool) -> DensePass:
+    """What the dense block makes of all batches; its linear layers' inputs only where they are kept."""
+    found = replicas.each(lambda run, index: run_recorded(run, hidden[index], calls[index], keep_inputs), len(hidden))
+    return DensePass([out for out, _ in found], [inputs for _, inputs in found])
