@@ -14,16 +14,23 @@ from typing import Any
 import torch
 
 from benchmarks import machine, timing, traffic
-from marlin import ops, settings
+from marlin import ops, runtime, settings
 from marlin.formats import CompressedWeight, DenseInt4Weight, Weight, num_groups
 from marlin.formats.layouts import PackedWeight, pack
 from marlin.formats.sparsity import LEGAL_NIBBLES
+from marlin.ops.cuda import DTYPE_NAMES, by_plan
 from marlin.testing import tolerance
 
 # The implementation of our operator in batch-invariant mode, beside "marlin".
 BATCH_INVARIANT = "marlin-batch-invariant"
+# The same on a GPU without kernels of its own.
+PORTABLE = "marlin-portable"
 # Rows of M whose results are checked; both ends are among them.
 CHECKED_ROWS = 512
+
+
+# call(i, act, out): the product with copy i, written to out where the implementation can.
+Call = Callable[[int, torch.Tensor, torch.Tensor], object]
 
 
 class AbsentError(Exception):
@@ -55,7 +62,6 @@ class Setting:
 class Prepared:
     """One implementation with its copies of a weight.
 
-    call(i, act, out): the product with copy i, written to out where the implementation can.
     check(act, out): raises AssertionError; None for others' kernels. config(m): what would run, or None.
     record(m): what replays calls of M rows, where that is not a graph of `call` (another process).
     meta_bits: metadata per group of four, None where there is none.
@@ -64,7 +70,7 @@ class Prepared:
     impl: str
     op: str
     copies: int
-    call: Callable[[int, torch.Tensor, torch.Tensor], object]
+    call: Call
     check: Callable[[torch.Tensor, torch.Tensor], None] | None = None
     config: Callable[[int], str | None] = lambda m: None
     record: Callable[[int], timing.Recorded] | None = None
@@ -132,21 +138,32 @@ def _mode(batch_invariant: bool) -> Iterator[None]:
         settings.set_batch_invariant(before)
 
 
+def _packed(kind: str, setting: Setting) -> tuple[Weight, list[PackedWeight]]:
+    """A random weight and its packed copies."""
+    weight = random_weight(kind, setting)
+    first = pack(weight, setting.dtype)
+    return weight, [first, *(_clone(first) for _ in range(setting.copies(kind) - 1))]
+
+
+def _check_twice(call: Call, weight: Weight, act: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Raises AssertionError where a product is wrong or another run differs, whose output it returns."""
+    call(0, act, out.fill_(torch.nan))
+    _check_rows(weight, act, out)
+    again = torch.full_like(out, torch.nan)
+    call(-1, act, again)
+    if not torch.equal(again, out):
+        raise AssertionError("two runs on equal weights differ")
+    return again
+
+
 def marlin(kind: str, *, batch_invariant: bool = False) -> Factory:
     """Factory of the project's operator of `kind`, through `marlin.ops.linear_out`, in batch-invariant mode or not."""
 
     def build(setting: Setting) -> Prepared:
-        weight = random_weight(kind, setting)
-        first = pack(weight, setting.dtype)
-        copies = [first, *(_clone(first) for _ in range(setting.copies(kind) - 1))]
+        weight, copies = _packed(kind, setting)
 
         def check(act: torch.Tensor, out: torch.Tensor) -> None:
-            call(0, act, out.fill_(torch.nan))
-            _check_rows(weight, act, out)
-            again = torch.full_like(out, torch.nan)
-            call(-1, act, again)
-            if not torch.equal(again, out):
-                raise AssertionError("two runs on equal weights differ")
+            again = _check_twice(call, weight, act, out)
             if batch_invariant:
                 call(0, act[-1:].clone(), again[:1])
                 if not torch.equal(again[:1], out[-1:]):
@@ -161,6 +178,36 @@ def marlin(kind: str, *, batch_invariant: bool = False) -> Factory:
                 return ops.linear_out(act, copies[i], out)
 
         impl = BATCH_INVARIANT if batch_invariant else "marlin"
-        return Prepared(impl, kind, len(copies), call, check, config, meta_bits=meta_bits(first))
+        return Prepared(impl, kind, len(copies), call, check, config, meta_bits=meta_bits(copies[0]))
+
+    return build
+
+
+def portable(kind: str) -> Factory:
+    """Factory of what a GPU without kernels of its own runs, where this one has them; else `marlin` is that."""
+
+    def build(setting: Setting) -> Prepared:
+        if setting.device.type != "cuda":
+            raise AbsentError("kernels need a GPU")
+        index = setting.device.index or 0
+
+        def plan(m: int, *, portable: bool = True) -> runtime.Plan:
+            name = DTYPE_NAMES[setting.dtype]
+            problem = runtime.Problem(m, setting.n, setting.k, setting.group_size, name, kind)
+            return runtime.plan(problem, index, portable=portable)
+
+        if plan(1, portable=False).config.family == plan(1).config.family:
+            raise AbsentError("the portable kernels are this GPU's own")
+        weight, copies = _packed(kind, setting)
+
+        def call(i: int, act: torch.Tensor, out: torch.Tensor) -> Any:
+            one = copies[i]
+            return by_plan(plan(act.shape[0]), act, (one.codes, one.meta, one.scales, None), out)
+
+        def check(act: torch.Tensor, out: torch.Tensor) -> None:
+            _check_twice(call, weight, act, out)
+
+        bits = meta_bits(copies[0])
+        return Prepared(PORTABLE, kind, len(copies), call, check, lambda m: plan(m).runs, meta_bits=bits)
 
     return build

@@ -37,9 +37,10 @@ def case_environment(case: str, entry_points: str, tp: int) -> dict[str, str]:
     paths = [entry_points, str(records.ROOT / "src"), str(records.ROOT), os.environ.get("PYTHONPATH", "")]
     plugin = {"VLLM_PLUGINS": "sparse_marlin" if "marlin" in case else ""}
     dense = {"MARLIN_VLLM_DENSE": "1"} if case.endswith("marlin kernel") else {}
+    norms = {"MARLIN_VLLM_ROWWISE": "0"} if case.endswith("vLLM norms") else {}
     single = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if tp == 1 else {}
     own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **_ENVIRONMENT, **plugin, **dense, **single, **own}
+    return {**os.environ, **_ENVIRONMENT, **plugin, **dense, **norms, **single, **own}
 
 
 def write_entry_points(directory: pathlib.Path) -> None:

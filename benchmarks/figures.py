@@ -20,8 +20,8 @@ from typing import Any
 from benchmarks import presets, records
 from benchmarks.rows import (
     BASELINE,
+    FEW,
     GROUP_SIZE,
-    INVARIANT,
     LABELS,
     OURS,
     Impl,
@@ -80,9 +80,9 @@ def _key(impl: Impl) -> str:
 def speedups(rows: Rows, shapes: Sequence[tuple[int, int]]) -> dict[Impl, list[tuple[int, float]]]:
     """Per implementation, (M, speedup over cuBLAS) of the sum over shapes, for every M measured.
 
-    Without that in batch-invariant mode, which is measured at few points.
+    Without those that are measured at few points.
     """
-    rows = without(rows, INVARIANT)
+    rows = without(rows, *FEW)
     lines: dict[Impl, list[tuple[int, float]]] = {}
     for m in sorted({row["m"] for row in rows}):
         sums = block_sums(rows, shapes, m)

@@ -22,14 +22,20 @@ from benchmarks import candidates, ceilings, cliffs, isolated, machine, peers, p
 from benchmarks.candidates import AbsentError, Factory, Prepared, Setting
 from benchmarks.presets import Part
 
-# Takes part at these points alone, unless --impls names it.
-INVARIANT = "w4a16_sp24-batch-invariant"
-_INVARIANT_AT = {"float16": (presets.BLOCK, presets.BATCHES)}
+INVARIANT, PORTABLE = "w4a16_sp24-batch-invariant", ("w4a16_sp24-portable", "w4a16_dense-portable")
 OWN: dict[str, Factory] = {
     "w4a16_sp24": candidates.marlin("w4a16_sp24"),
     "w4a16_dense": candidates.marlin("w4a16_dense"),
     INVARIANT: candidates.marlin("w4a16_sp24", batch_invariant=True),
+    PORTABLE[0]: candidates.portable("w4a16_sp24"),
+    PORTABLE[1]: candidates.portable("w4a16_dense"),
 }
+# These take part at these points alone (shapes and batches of a dtype), unless --impls names them.
+_FEW = {
+    candidates.BATCH_INVARIANT: {"float16": (presets.BLOCK, presets.BATCHES)},
+    candidates.PORTABLE: {"float16": (presets.BLOCK, (1, 16, 32, 64, 128, 256, 512, 1024, 4096))},
+}
+_IMPLS = {INVARIANT: candidates.BATCH_INVARIANT, **dict.fromkeys(PORTABLE, candidates.PORTABLE)}
 QUICK_BATCHES, QUICK_BUDGET_MS = "1,16,64,256", 15.0
 DEFAULT_SECONDS = 200.0
 
@@ -39,7 +45,7 @@ class Run:
     """One benchmark run: what it measures with, and what it found.
 
     ends: when to start no further point, on the scale of `time.monotonic`. read: a reading of the GPU, taken after each
-    point. everywhere: whether INVARIANT is measured at every point.
+    point. everywhere: whether what is measured at few points is measured at all.
     """
 
     factories: dict[str, Factory]
@@ -61,7 +67,7 @@ class Run:
         for name, factory in self.factories.items():
             if name in peers.PEERS and wanted is not None and name not in wanted:
                 continue
-            if name == INVARIANT and not self._measures_invariant(setting):
+            if not self._measures(_IMPLS.get(name, name), setting):
                 continue
             try:
                 built.append(factory(setting))
@@ -74,9 +80,11 @@ class Run:
                     self._fault(f"{name} n={setting.n} k={setting.k}: {type(error).__name__}: {error}")
         return built
 
-    def _measures_invariant(self, setting: Setting, m: int | None = None) -> bool:
-        shapes, batches = _INVARIANT_AT.get(_dtype_name(setting.dtype), ((), ()))
-        return self.everywhere or ((setting.n, setting.k) in shapes and (m is None or m in batches))
+    def _measures(self, impl: str, setting: Setting, m: int | None = None) -> bool:
+        if self.everywhere or impl not in _FEW:
+            return True
+        shapes, batches = _FEW[impl].get(_dtype_name(setting.dtype), ((), ()))
+        return (setting.n, setting.k) in shapes and (m is None or m in batches)
 
     def _note_absent(self, name: str, setting: Setting, reason: str) -> None:
         dtype = _dtype_name(setting.dtype)
@@ -98,9 +106,7 @@ class Run:
                 continue
             act = setting.random_act(m)
             out = torch.empty(m, setting.n, dtype=setting.dtype, device=setting.device)
-            at_m = [
-                one for one in built if one.impl != candidates.BATCH_INVARIANT or self._measures_invariant(setting, m)
-            ]
+            at_m = [one for one in built if self._measures(one.impl, setting, m)]
             sound = [one for one in at_m if self._is_right(one, act, out, setting)]
             calls = {one.key: (_bind(one, act, out), one.copies) for one in sound if one.record is None}
             others = {one.key: partial(one.record, m) for one in sound if one.record is not None}

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from marlin.runtime import build, compiler, driver, source
+from marlin.runtime import build, catalog, compiler, driver
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, help="processes, default one for each CPU")
     args = parser.parse_args(argv)
     archs = args.archs.split(",") if args.archs else [compiler.arch_for(driver.device_info(0).arch)]
-    variants = [variant for variant in source.all_variants() if args.only in variant.entry]
+    variants = [variant for variant in catalog.all_kernels() if args.only in variant.entry]
     began = time.monotonic()
     rows = build.build_all(variants, archs, args.jobs)
     bad = [row for row in rows if row.problems]

@@ -60,6 +60,7 @@ LARGE: tuple[int, int] = (57344, 8192)
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 # Between tile sizes, where a kernel with a cliff would show it.
 ODD_BATCHES = (2, 4, 12, 17, 24, 33, 48, 65, 96, 100, 129, 192, 300, 512, 2048, 8192, 16384)
+ALL_BATCHES = tuple(sorted({*BATCHES, *ODD_BATCHES}))
 LAYER_BATCH = 16
 
 

@@ -17,9 +17,10 @@ from benchmarks import cliffs, figures, presets, records, serving_tables
 from benchmarks.records import ROOT
 from benchmarks.rows import (
     BASELINE,
+    FEW,
     GROUP_SIZE,
-    INVARIANT,
     OURS,
+    PORTABLE,
     Impl,
     Rows,
     block_sums,
@@ -39,6 +40,10 @@ _NOTHING = "No record yet. Measure with `make gpu`."
 _NO_HOST = "No record yet. Measure with `marlin bench host`."
 _NO_SUSTAINED = "No record yet. Measure with `marlin bench sustained`."
 _NO_DECODE = "No record yet. Measure with `marlin bench decode`."
+_PORTABLE_NOTE = (
+    "What GPUs without kernels of their own run, measured on a GPU that has some: the portable kernels, or, for many "
+    "tokens, one that expands the weight for cuBLAS ([kernels.md](kernels.md#expanded-products)). fp16:"
+)
 _NO_SERVING = "No record yet. Measure with `python -m benchmarks.serving`."
 _MARKER = re.compile(r"<!-- bench:([a-z0-9-]+) -->\n(.*?)<!-- /bench:\1 -->", re.DOTALL)
 _ANY_MARKER = re.compile(r"<!-- /?bench:([^ ]*) -->")
@@ -60,7 +65,8 @@ def caption(record: dict[str, Any]) -> str:
 def _retired(record: dict[str, Any]) -> list[str]:
     """A sentence where rows name tiles that are no longer built: the record's hash covers the kernels' text alone."""
     tags = {config.tag for kind in KINDS for config in all_configs(kind)}
-    named = [row["config"].split()[-1] for row in record["rows"] if row.get("impl") == "marlin" and row.get("config")]
+    ours = [row["config"] for row in record["rows"] if row.get("impl") == "marlin" and row.get("config")]
+    named = [config.split()[-1] for config in ours if "cuBLAS" not in config]
     retired = sum(tag not in tags for tag in named)
     return [f"{retired} of {len(named)} times of our kernels are of tiles that are no longer built."] if retired else []
 
@@ -91,15 +97,45 @@ def _each_gpu(body: Callable[[Rows], str]) -> str:
 
 def _block(dtype: str) -> str:
     def body(rows: Rows) -> str:
-        rows = select(rows, dtype=dtype)
+        rows = without(select(rows, dtype=dtype), *PORTABLE)
         return speed_table("M", [(str(m), block_sums(rows, presets.BLOCK, m)) for m in presets.BATCHES])
 
     return _each_gpu(body)
 
 
+def _portable() -> str:
+    """What GPUs without kernels of their own run, measured on this one; nothing where the record has no such rows."""
+    parts = []
+    for record in records.read_all("gemm"):
+        rows = select(record["rows"], group_size=GROUP_SIZE, dtype="float16")
+        lines = [line for m in presets.ALL_BATCHES if (line := _portable_line(rows, m))]
+        if lines:
+            header = ["M", "cuBLAS, µs"]
+            for impl in PORTABLE:
+                header += [label(impl), "expanded layers"]
+            parts.append(f"{caption(record)}\n\n{table(header, lines)}")
+    return "\n\n".join([_PORTABLE_NOTE, *parts] if parts else [])
+
+
+def _portable_line(rows: Rows, m: int) -> list[str]:
+    """Speedups over cuBLAS, and how many layers cuBLAS multiplies after they are expanded; empty without any."""
+    sums = block_sums(rows, presets.BLOCK, m)
+    if BASELINE not in sums or not any(impl in sums for impl in PORTABLE):
+        return []
+    cells = [str(m), f"{sums[BASELINE]['us']:.1f}"]
+    for impl in PORTABLE:
+        if impl not in sums:
+            cells += ["-", "-"]
+            continue
+        ran = [row["config"] for row in select(rows, impl=impl[0], op=impl[1], m=m)]
+        expanded = sum("cuBLAS" in (config or "") for config in ran)
+        cells += [f"{sums[BASELINE]['us'] / sums[impl]['us']:.2f}x", f"{expanded} of {len(ran)}"]
+    return cells
+
+
 def _layers() -> str:
     def body(rows: Rows) -> str:
-        rows = without(select(rows, dtype="float16", m=_LAYER_M), INVARIANT)
+        rows = without(select(rows, dtype="float16", m=_LAYER_M), *FEW)
         shapes = dict.fromkeys((row["n"], row["k"]) for row in rows)
         return speed_table("N x K", [(f"{n} x {k}", block_sums(rows, [(n, k)], _LAYER_M)) for n, k in shapes])
 
@@ -108,7 +144,7 @@ def _layers() -> str:
 
 def _models() -> str:
     def body(rows: Rows) -> str:
-        rows = without(select(rows, dtype="float16"), INVARIANT)
+        rows = without(select(rows, dtype="float16"), *FEW)
         points = [
             (f"{name}, M={m}", block_sums(rows, [(layer.n, layer.k) for layer in layers], m))
             for name, layers in presets.PRESETS.items()
@@ -252,6 +288,7 @@ def _quality() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "block": lambda: _block("float16"),
     "block-bfloat16": lambda: _block("bfloat16"),
+    "portable": _portable,
     "layers": _layers,
     "models": _models,
     "cliffs": _cliffs,

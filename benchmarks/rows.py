@@ -14,10 +14,16 @@ Impl = tuple[str, str]
 BASELINE: Impl = ("cublas", "fp16")
 OURS: Impl = ("marlin", "w4a16_sp24")
 INVARIANT: Impl = ("marlin-batch-invariant", "w4a16_sp24")
+# What a GPU without kernels of its own would run, on whatever GPU.
+PORTABLE: tuple[Impl, Impl] = (("marlin-portable", "w4a16_sp24"), ("marlin-portable", "w4a16_dense"))
+# Measured at few points, so left out of figures and of tables of other points.
+FEW: tuple[Impl, ...] = (INVARIANT, *PORTABLE)
 LABELS: dict[Impl, str] = {
     ("marlin", "w4a16_sp24"): "**2:4 INT4**",
     ("marlin", "w4a16_dense"): "**INT4**",
     INVARIANT: "2:4 INT4, batch-invariant",
+    PORTABLE[0]: "2:4 INT4, portable kernels",
+    PORTABLE[1]: "INT4, portable kernels",
     ("sparse-marlin", "w4a16_sp24"): "published Sparse-Marlin, 2:4 INT4",
     ("marlin-published", "w4a16_dense"): "published Marlin, INT4",
     ("cusparselt", "fp16_sp24"): "cuSPARSELt, 2:4 fp16",
@@ -32,9 +38,9 @@ def select(rows: Rows, **want: Any) -> Rows:
     return [row for row in rows if all(row[name] == value for name, value in want.items())]
 
 
-def without(rows: Rows, impl: Impl) -> Rows:
+def without(rows: Rows, *impls: Impl) -> Rows:
     """Rows of all other implementations."""
-    return [row for row in rows if (row["impl"], row["op"]) != impl]
+    return [row for row in rows if (row["impl"], row["op"]) not in impls]
 
 
 def block_sums(rows: Rows, shapes: Iterable[tuple[int, int]], m: int) -> dict[Impl, dict[str, float]]:

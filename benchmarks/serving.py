@@ -1,9 +1,9 @@
 """Serving speed in vLLM: `python -m benchmarks.serving`, on a machine with vLLM and a GPU.
 
 Owns what a user of vLLM feels: time per output token and prompt tokens per second of a model of Llama-3.1-8B's shape
-with random weights, unquantized, as vLLM's own dense INT4, and 2:4 INT4 through the plugin, on the same engine and
-settings. Each engine is a process of its own (`benchmarks.engines`); every row is written to
-`records/serving-<gpu>.json` when it is measured.
+with random weights, unquantized, as vLLM's own dense INT4, and 2:4 INT4 through the plugin (also with vLLM's own norms
+and activation), on the same engine and settings. Each engine is a process of its own (`benchmarks.engines`); every row
+is written to `records/serving-<gpu>.json` when it is measured.
 
 Time per output token is (time for 1 + output tokens - time for 1 token) / output, so that it holds no prefill; prompt
 tokens per second are those of the second term. Both are the best of the repetitions, of which there is one where a run
@@ -62,6 +62,8 @@ _LLAMA: dict[str, Any] = {
 def model_config(layers: int, quantization: str) -> dict[str, Any]:
     """config.json of the model. Raises: ValueError (quantization)."""
     config = {**_LLAMA, "num_hidden_layers": layers}
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(message("serving", f"quantization must be one of {QUANTIZATIONS}", repr(quantization)))
     if quantization == "none":
         return config
     hidden, inner, kv = 4096, 14336, 1024
@@ -69,17 +71,15 @@ def model_config(layers: int, quantization: str) -> dict[str, Any]:
     shapes |= {"self_attn.o_proj": (hidden, hidden), "mlp.down_proj": (hidden, inner)}
     shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
     names = {f"model.layers.{index}.{name}": shape for index in range(layers) for name, shape in shapes.items()}
-    if quantization == "sparse_marlin":
+    if quantization.startswith("sparse_marlin"):
         from marlin.formats.checkpoint import LayerSpec, describe
 
         specs = {name: LayerSpec("w4a16_sp24", GROUP_SIZE, *shape) for name, shape in names.items()}
         return config | {"quantization_config": describe(specs)}
-    if quantization.startswith("pack-quantized"):
-        from marlin.formats.published import describe_pack_quantized
+    from marlin.formats.published import describe_pack_quantized
 
-        described = describe_pack_quantized(dict.fromkeys(names, GROUP_SIZE), ["lm_head"])
-        return config | {"quantization_config": described}
-    raise ValueError(message("serving", f"quantization must be one of {QUANTIZATIONS}", repr(quantization)))
+    described = describe_pack_quantized(dict.fromkeys(names, GROUP_SIZE), ["lm_head"])
+    return config | {"quantization_config": described}
 
 
 def randomize(model: Any) -> dict[str, int]:

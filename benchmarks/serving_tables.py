@@ -9,7 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # In the order of columns; the first is what the others are compared with.
-KINDS = ("sparse_marlin", "pack-quantized", "none", "pack-quantized, marlin kernel")
+KINDS = (
+    "sparse_marlin",
+    "pack-quantized",
+    "none",
+    "pack-quantized, marlin kernel",
+    "sparse_marlin, vLLM norms",
+)
 _MODES = {"none": "vLLM's compilation off", "compile": "vLLM's compilation on, as it is by default"}
 Row = dict[str, Any]
 

@@ -31,6 +31,7 @@ from benchmarks import (
 from benchmarks.candidates import AbsentError, Setting
 from marlin import settings
 from marlin.runtime import all_configs
+from marlin.runtime.driver import DeviceInfo
 
 # The shapes, batch sizes and fields that the targets are stated in, written out a second time.
 TARGET_BLOCK = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
@@ -416,6 +417,24 @@ def test_report_block_table_shows_sums_speedups_and_floor(folder: pathlib.Path) 
     assert report.TABLES["block-bfloat16"]().endswith("No record yet. Measure with `make gpu`.")
 
 
+def test_report_portable_table_counts_expanded_layers_and_is_shown_with_its_rows_alone(folder: pathlib.Path) -> None:
+    records.write(folder / "gemm-h100.json", make_record(block_rows()))
+    assert report.TABLES["portable"]() == ""
+    found = [
+        {**make_row("marlin-portable", op, 16, n, k, us), "config": config}
+        for op, us, config in (
+            ("w4a16_sp24", 20.0, "sm80_w4a16_sp24 8x64x512_s4_w114_c2"),
+            ("w4a16_dense", 50.0, "sm80_expand_w4a16_dense + cuBLAS 1x4096"),
+        )
+        for n, k in TARGET_BLOCK
+    ]
+    records.write(folder / "gemm-h100.json", make_record(block_rows() + found))
+    text = report.TABLES["portable"]()
+    assert "| M | cuBLAS, µs | 2:4 INT4, portable kernels | expanded layers | INT4, portable kernels |" in text
+    assert "| 16 | 160.0 | 2.00x | 0 of 4 | 0.80x | 4 of 4 |" in text
+    assert "portable" not in report.TABLES["block"]() + report.TABLES["layers"]() + report.TABLES["models"]()
+
+
 def test_report_marks_records_of_other_kernels_as_stale(folder: pathlib.Path) -> None:
     records.write(folder / "gemm-h100.json", make_record(block_rows(), kernel_hash="0" * 64))
     for name in ("block", "layers", "models"):
@@ -572,7 +591,7 @@ def test_gemm_measures_batch_invariant_mode_at_the_points_of_its_table(monkeypat
 
     names = {"cublas": candidates.cublas, gemm.INVARIANT: build}
     assert {row["impl"] for row in run_on_cpu(monkeypatch, names).rows} == {"cublas"}
-    monkeypatch.setattr(gemm, "_INVARIANT_AT", {"float16": (((64, 128),), (17,))})
+    monkeypatch.setitem(gemm._FEW, candidates.BATCH_INVARIANT, {"float16": (((64, 128),), (17,))})
     run = run_on_cpu(monkeypatch, names)
     found = [(row["impl"], row["op"], row["m"]) for row in run.rows if row["impl"] != "cublas"]
     assert found == [(*rows.INVARIANT, 17)] and not run.faults
@@ -593,6 +612,49 @@ def test_candidates_batch_invariant_check_sees_a_row_that_depends_on_others(monk
     monkeypatch.setattr(candidates.ops, "linear_out", depends)
     with pytest.raises(AssertionError, match="a row alone differs from the same row in a batch"):
         one.check(setting.random_act(3), torch.empty(3, 64, dtype=torch.float16))
+
+
+def test_candidates_portable_runs_portable_plans_and_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = dataclasses.replace(cpu_setting(), device=torch.device("cuda"))
+    on_cpu = dataclasses.replace(cpu_setting())
+    asked: list[Any] = []
+
+    def plan(problem: Any, index: int, *, portable: bool) -> Any:
+        asked.append((problem, index, portable))
+        config = dataclasses.make_dataclass("Config", ["family"])("sm80" if portable else "sm90")
+        return dataclasses.make_dataclass("Plan", ["config", "runs"])(config, f"kernel of M={problem.m}")
+
+    def by_plan(plan: Any, act: torch.Tensor, operands: Any, out: torch.Tensor) -> torch.Tensor:
+        assert plan.config.family == "sm80" and len(operands) == 4 and operands[3] is None
+        return out.zero_()
+
+    monkeypatch.setattr(candidates.runtime, "plan", plan)
+    monkeypatch.setattr(candidates, "by_plan", by_plan)
+    packed = candidates._packed("w4a16_sp24", on_cpu)
+    monkeypatch.setattr(candidates, "_packed", lambda kind, setting: packed)
+    one = candidates.portable("w4a16_sp24")(setting)
+    assert (one.impl, one.op, one.copies, one.config(300)) == (
+        "marlin-portable",
+        "w4a16_sp24",
+        len(packed[1]),
+        "kernel of M=300",
+    )
+    with pytest.raises(AssertionError, match="outside the bound"):
+        one.check(on_cpu.random_act(3), torch.empty(3, 64, dtype=torch.float16))  # type: ignore[misc]
+    assert asked[-1] == ((3, 64, 128, 128, "float16", "w4a16_sp24", False), 0, True)
+
+
+def test_candidates_portable_is_absent_where_it_is_nothing_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AbsentError, match="kernels need a GPU"):
+        candidates.portable("w4a16_sp24")(cpu_setting())
+    a100 = DeviceInfo(0, "A100", (8, 0), 108, 166912, 40 << 20, 1_410_000, 1.9e12)
+
+    def plan(problem: Any, index: int, *, portable: bool) -> Any:
+        return candidates.runtime.make_plan(problem, a100, portable=portable)
+
+    monkeypatch.setattr(candidates.runtime, "plan", plan)
+    with pytest.raises(AbsentError, match="the portable kernels are this GPU's own"):
+        candidates.portable("w4a16_sp24")(dataclasses.replace(cpu_setting(), device=torch.device("cuda")))
 
 
 def test_gemm_missing_peer_is_absent_with_the_reason(

@@ -146,25 +146,37 @@ def test_hopper_kernel_text_gives_the_same_bits_in_any_order(cluster: int, folde
 _FAULTS = {
     "weights": (
         (0, 32),
-        "        mbarrier_wait(barriers().weights(at.stage), at.parity);\n        Packed",
-        "        Packed",
+        "mbarrier_wait(barriers().weights(at.stage), at.parity);\n                prepare",
+        "prepare",
     ),
-    "tokens": ((0, 32), "mbarrier_wait(barriers().tokens(tokens.stage), tokens.parity);", ""),
-    "fragments": ((0, 32), "wgmma_wait<1>();  // products of the chunk before", ""),
-    "release": ((0, 32), "if (left < length) release(tokens.before());", "if (left > 1) release(tokens.stage);"),
+    "tokens": (
+        (0, 32),
+        "mbarrier_wait(barriers().tokens(at.stage), at.parity);\n#pragma unroll\n            for (int piece",
+        "\n#pragma unroll\n            for (int piece",
+    ),
+    "fragments": ((0, 32), "wgmma_wait<1>();  // products of the piece before", ""),
+    "release": (
+        (0, 32),
+        "if (piece == 0 && left < length) release(at.before());",
+        "if (piece == 0 && left > 1) release(at.stage);",
+    ),
     "in turn: weights": (
-        (1, 8),
+        (1, 128),
         "    mbarrier_wait(barriers().weights(at.stage), at.parity);\n                    fetch",
         "    fetch",
     ),
-    "in turn: tokens": ((1, 8), "mbarrier_wait(barriers().tokens(at.stage), at.parity);", ""),
+    "in turn: tokens": (
+        (1, 128),
+        "mbarrier_wait(barriers().tokens(at.stage), at.parity);\n            at.step();",
+        "at.step();",
+    ),
     "in turn: release": (
-        (1, 8),
+        (1, 128),
         "if (!T::kDrain && i == 0 && left < length) release(before);",
         "if (!T::kDrain && i + 1 == kUnits && left > 1) release(current);",
     ),
     "in turn: meta": (
-        (1, 8),
+        (1, 128),
         "wgmma_wait<1>();  // products of the unit",
         "fetch_meta(frag[(i + 1) % 2], buffer, unit((i + 1) % kUnits)); wgmma_wait<1>();  //",
     ),

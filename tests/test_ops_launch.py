@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import threading
@@ -13,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from marlin import ops, runtime, settings
-from marlin.formats.layouts import TILE_WORDS, PackedWeight, pack
-from marlin.ops import cuda, scratch
+from marlin.formats.layouts import TILE_WORDS, PackedWeight, pack, unpack
+from marlin.ops import cuda, expanded, scratch
+from marlin.runtime import expansion
+from marlin.testing import tolerance
 from marlin.testing.cases import random_weight
 
 KINDS = ("w4a16_sp24", "w4a16_dense")
@@ -24,6 +27,7 @@ class FakePlan(NamedTuple):
     problem: Any
     workspace_bytes: int
     num_tickets: int
+    expansion: Any = None
 
 
 def read(address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -38,19 +42,43 @@ class FakeRuntime:
     def __init__(self, workspace_bytes: int = 4096, num_tickets: int = 7) -> None:
         self.workspace_bytes, self.num_tickets = workspace_bytes, num_tickets
         self.launches: list[dict[str, Any]] = []
+        self.slabs: list[tuple[Any, int, int]] = []  # with address and stream
+        self.max_slab_bytes = 0  # expands when positive
         self.plans = 0
 
     def plan(self, problem: Any, device_index: int) -> FakePlan:
         self.plans += 1
-        return FakePlan(problem, self.workspace_bytes, self.num_tickets)
+        found = None
+        if self.max_slab_bytes:
+            variant = expansion.ExpandVariant(problem.kind, problem.dtype, problem.group_size)
+            slabs = expansion.cut(problem.n, problem.k, self.max_slab_bytes)
+            found = expansion.Expansion(variant, slabs, problem.k, 1.0)
+        return FakePlan(problem, self.workspace_bytes, self.num_tickets, found)
+
+    def expand(self, plan: FakePlan, slab: Any, *, out: int, stream: int, **at: int) -> None:
+        self.slabs.append((slab, out, stream))
+        dtype = getattr(torch, plan.problem.dtype)
+        dense = unpack(self.weight(plan.problem, at)).to_dense(dtype)
+        read(out, (slab.rows, plan.problem.k), (plan.problem.k, 1), dtype).copy_(dense[slab.first :][: slab.rows])
 
     def launch(self, plan: FakePlan, **at: Any) -> None:
         self.launches.append({"m": plan.problem.m, "batch_invariant": plan.problem.batch_invariant, **at})
         p = plan.problem
         dtype = getattr(torch, p.dtype)
+        assert at["act"] % 16 == at["out"] % 16 == 0
+        act = read(at["act"], (p.m, p.k), (at["lda"], 1), dtype)
+        bias = read(at["bias"], (p.n,), (1,), dtype) if at["bias"] else None
+        read(at["out"], (p.m, p.n), (p.n, 1), dtype).copy_(ops.cpu.linear(act, self.weight(p, at), bias))
+        if plan.num_tickets:
+            assert not read(at["tickets"], (plan.num_tickets,), (1,), torch.int32).any()
+        if plan.workspace_bytes:
+            read(at["workspace"], (plan.workspace_bytes // 4,), (1,), torch.float32).fill_(torch.nan)
+
+    def weight(self, p: Any, at: dict[str, int]) -> PackedWeight:
+        dtype = getattr(torch, p.dtype)
         tiles = (-(-p.n // 64), -(-p.k // 64))
         groups = 1 if p.group_size == -1 else p.k // p.group_size
-        for name in ("act", "codes", "meta", "scales", "out"):
+        for name in ("codes", "meta", "scales"):
             assert at[name] % 16 == 0
 
         def packed(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -59,20 +87,13 @@ class FakeRuntime:
 
         codes, meta = TILE_WORDS[p.kind]
         assert (at["meta"] != 0) == (meta > 0)
-        weight = PackedWeight(
+        return PackedWeight(
             p.kind,
             packed("codes", (*tiles, codes), torch.int32),
             packed("meta", (*tiles, meta), torch.int32) if meta else None,
             packed("scales", (tiles[0], groups, 64), dtype),
             *(p.n, p.k, p.group_size),
         )
-        act = read(at["act"], (p.m, p.k), (at["lda"], 1), dtype)
-        bias = read(at["bias"], (p.n,), (1,), dtype) if at["bias"] else None
-        read(at["out"], (p.m, p.n), (p.n, 1), dtype).copy_(ops.cpu.linear(act, weight, bias))
-        if plan.num_tickets:
-            assert not read(at["tickets"], (plan.num_tickets,), (1,), torch.int32).any()
-        if plan.workspace_bytes:
-            read(at["workspace"], (plan.workspace_bytes // 4,), (1,), torch.float32).fill_(torch.nan)
 
 
 @pytest.fixture
@@ -80,6 +101,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     stand_in = FakeRuntime()
     monkeypatch.setattr(runtime, "plan", stand_in.plan)
     monkeypatch.setattr(runtime, "launch", stand_in.launch)
+    monkeypatch.setattr(runtime, "expand", stand_in.expand)
     monkeypatch.setattr(cuda, "_raw_stream", lambda index: 5)
     monkeypatch.setattr(cuda, "_capture_id", lambda stream: 0)
     monkeypatch.setattr(cuda, "_current_device", lambda: -1)
@@ -234,16 +256,16 @@ class _Watching(TorchFunctionMode):
 
 def test_only_plain_calls_pass_by_the_dispatcher():
     act, seen = torch.randn(2, 96), []
-    assert ops._is_plain(act)
+    assert ops.is_plain(act)
     for mode in (_Counting, _Watching, torch.profiler.profile, lambda: torch.device("cpu")):
         with mode():
-            seen.append(ops._is_plain(act))
-    torch.func.vmap(lambda row: (seen.append(ops._is_plain(row)), row)[1])(act)
-    torch.jit.trace(lambda row: (seen.append(ops._is_plain(row)), row + 1)[1], (act,), check_trace=False)
-    seen.append(ops._is_plain(torch.nn.Parameter(act)))
-    seen.append(ops._is_plain(torch._neg_view(act)))
+            seen.append(ops.is_plain(act))
+    torch.func.vmap(lambda row: (seen.append(ops.is_plain(row)), row)[1])(act)
+    torch.jit.trace(lambda row: (seen.append(ops.is_plain(row)), row + 1)[1], (act,), check_trace=False)
+    seen.append(ops.is_plain(torch.nn.Parameter(act)))
+    seen.append(ops.is_plain(torch._neg_view(act)))
     assert seen and not any(seen)
-    assert ops._is_plain(act)
+    assert ops.is_plain(act)
 
 
 def test_packed_tensors_must_be_contiguous_and_aligned(fake):
@@ -310,3 +332,122 @@ class TestSplitKMemory:
         run(make(), torch.randn(3, 96).half())
         assert (fake.launches[0]["workspace"], fake.launches[0]["tickets"]) == (0, 0)
         assert not scratch._of_stream
+
+
+class TestExpandedProducts:
+    """Slabs that are expanded and multiplied by torch in place of a launch."""
+
+    @pytest.fixture
+    def expanding(self, fake: FakeRuntime) -> FakeRuntime:
+        fake.max_slab_bytes = 64 * 96 * 2
+        return fake
+
+    @pytest.mark.parametrize("name", ACTS)
+    @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+    def test_take_act_of_any_layout(self, expanding, name, biased):
+        packed, act = make(), ACTS[name][0](torch.randn(6, 96).half())
+        bias = torch.randn(72).half() if biased else None
+        out = run(packed, act, bias)
+        assert out.shape == (*act.shape[:-1], 72) and out.is_contiguous() and not expanding.launches
+        seen, plain = len(expanding.slabs), run(packed, act)
+        tolerance.check(plain.view(-1, 72), act.reshape(-1, 96), unpack(packed))
+        assert torch.equal(out, plain if bias is None else plain + bias), "rounded, and rounded again with the bias"
+        del expanding.slabs[seen:]
+        assert [(tuple(slab), stream) for slab, _, stream in expanding.slabs] == [((0, 64), 5), ((64, 8), 5)]
+        assert expanding.slabs[0][1] == expanding.slabs[1][1]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_write_a_given_output(self, expanding, kind, dtype):
+        packed, act = pack(random_weight(72, 96, 32, kind, dtype=dtype)), torch.randn(5, 96).to(dtype)
+        for offset in (0, 1):
+            out = torch.full((5 * 72 + offset,), torch.nan, dtype=dtype)[offset:].view(5, 72)
+            assert run(packed, act, out=out) is out
+            tolerance.check(out, act, unpack(packed))
+
+    def test_are_cut_where_launches_are(self, expanding, monkeypatch):
+        monkeypatch.setattr("marlin.runtime.config.MAX_M", 4)
+        packed, act = make(), torch.randn(2, 5, 192).half()[..., :96]
+        tolerance.check(run(packed, act).view(10, 72), act.reshape(10, 96), unpack(packed))
+        assert len(expanding.slabs) == 3 * 2
+
+    def test_take_tensors_of_either_mode_and_a_bias_that_wants_gradients(self, expanding):
+        packed, bias = make(), torch.randn(72).half().requires_grad_()
+        with torch.inference_mode():
+            act, out = torch.randn(5, 96).half(), torch.empty(5, 72, dtype=torch.float16)
+        for one in (act, act.clone()):
+            run(packed, one, bias, out)
+            assert torch.equal(out, run(packed, one) + bias.detach())
+
+    def test_are_not_used_where_torch_must_be_deterministic(self, expanding):
+        packed, act = make(), torch.randn(5, 96).half()
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.equal(run(packed, act), ops.linear(act, packed))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert len(expanding.launches) == 1 and not expanding.slabs
+
+    def test_by_plan_runs_what_it_is_given(self, fake, expanding, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+        packed, act = make(), torch.randn(5, 96).half()
+        plan = fake.plan(runtime.Problem(5, 72, 96, 32, "float16", "w4a16_sp24"), 0)
+        operands = (packed.codes, packed.meta, packed.scales, None)
+        for one in (plan, plan._replace(expansion=None)):
+            out = torch.full((5, 72), torch.nan, dtype=torch.float16)
+            assert cuda.by_plan(one, act, operands, out) is out
+            tolerance.check(out, act, unpack(packed))
+        assert (len(fake.slabs), len(fake.launches)) == (2, 1) and not cuda._weights
+
+
+class TestPrecisionOfCublas:
+    """Sums in fp32, whatever the process permits, and what it permits afterwards."""
+
+    matmul = torch.backends.cuda.matmul
+    names = tuple(name for sums in expanded.fp32_sums.values() for name in sums.flags)
+
+    def flags(self) -> list[Any]:
+        return [getattr(self.matmul, name) for name in self.names if hasattr(self.matmul, name)]
+
+    @pytest.fixture(autouse=True)
+    def _keep(self):
+        before = self.flags()
+        yield
+        for name, setting in zip(self.names, before, strict=False):
+            setattr(self.matmul, name, setting)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("permitted", [False, True])
+    def test_is_full_within_and_restored_after_an_error(self, dtype, permitted):
+        for name in self.names:
+            setattr(self.matmul, name, permitted)
+        before = self.flags()
+        with pytest.raises(KeyError), expanded.fp32_sums[dtype]:
+            assert not any(getattr(self.matmul, name) for name in expanded.fp32_sums[dtype].flags)
+            raise KeyError
+        assert self.flags() == before == [permitted] * len(before)
+
+    def test_rules_out_no_split_k_nor_permits_it_again(self):
+        self.matmul.allow_fp16_reduced_precision_reduction = (False, False)
+        with expanded.fp32_sums[torch.float16]:
+            pass
+        assert not self.matmul.allow_fp16_reduced_precision_reduction_split_k
+
+    def test_is_restored_by_the_last_of_several_threads(self):
+        before, first_in, second_out = self.flags(), threading.Event(), threading.Event()
+        seen, sums = [], expanded.fp32_sums[torch.float16]
+
+        def first():
+            with sums:
+                first_in.set()
+                second_out.wait(10)
+                seen.extend(getattr(self.matmul, name) for name in sums.flags)
+
+        thread = threading.Thread(target=first)
+        thread.start()
+        first_in.wait(10)
+        with sums:
+            pass
+        second_out.set()
+        thread.join()
+        assert seen == [False] * len(sums.flags) and self.flags() == before

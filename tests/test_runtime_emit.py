@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from marlin.runtime import tensor_map
+from marlin.runtime import expansion, tensor_map
 from marlin.runtime.config import GROUP_SIZES, MAX_M, all_configs
 from marlin.runtime.emit import NAMES, emit, hopper_tiles
 from marlin.runtime.plan import Plan, make_plan
@@ -36,7 +36,7 @@ POINTERS = tuple(4096 * i for i in range(1, 9))  # act to tickets
         (
             {"name": "sm80"},
             "kernels emit: NAME must be one of ('sm80_w4a16_sp24', 'sm80_w4a16_dense', 'sm90_w4a16_sp24', "
-            "'sm90_w4a16_dense'); got 'sm80'.",
+            "'sm90_w4a16_dense', 'sm80_expand_w4a16_sp24', 'sm80_expand_w4a16_dense'); got 'sm80'.",
         ),
         (
             {"name": "sm90_w4a16_sp24", "dtype": "float32"},
@@ -235,3 +235,43 @@ def test_emitted_hopper_launch_waits_for_its_predecessor_when_asked(tmp_path: Pa
     built = Built(ctypes.CDLL(str(library)), "sm90_w4a16_sp24", "float16", 128)
     assert built.launch(1, 64, 128, 128, 132) == 0
     assert built.last()[0].pdl == 0
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("kind", "dtype", "group_size"), [("w4a16_sp24", "float16", 32), ("w4a16_dense", "bfloat16", -1)]
+)
+def test_emitted_expansion_does_what_expand_does(
+    kind: str, dtype: str, group_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, library = tmp_path / "kernel.cu", tmp_path / "kernel.so"
+    source.write_text(emit(f"sm80_expand_{kind}", dtype=dtype, group_size=group_size))
+    result = _build(source, library, "80")
+    assert result.returncode == 0 and "warning" not in result.stdout + result.stderr, result.stderr
+    variant = expansion.ExpandVariant(kind, dtype, group_size)
+    built, recorder = Built(ctypes.CDLL(str(library)), variant.entry, dtype, group_size), Recorder()
+    monkeypatch.setattr(_launch, "_expand_kernel", lambda *_: recorder)
+    form = "=" + "".join({"P": "Q", "i": "i"}[code] for code in variant.signature)
+    codes, meta, scales, out = POINTERS[:4]
+    meta = meta if kind == "w4a16_sp24" else 0
+
+    def run(first: int, rows: int, k: int) -> int:
+        built.library.expect(variant.signature.encode(), 1)
+        pointers = map(ctypes.c_void_p, (codes, meta, scales, out))
+        return int(built.library.marlin_expand(*pointers, first, rows, k, ctypes.c_void_p(STREAM)))
+
+    for n, k in ((8, 32), (200, 160), (4096, 14336)):
+        problem = Problem(4096, n, k, group_size, dtype, kind)
+        plan = make_plan(problem, GPU)._replace(expansion=expansion.expansion(problem, GPU))
+        for slab in expansion.cut(n, k, 8 << 20):
+            assert run(*slab, k) == 0
+            pointers = {"codes": codes, "meta": meta, "scales": scales, "out": out}
+            _launch.expand(plan, slab, **pointers, stream=STREAM)
+            built.library.last_launch.restype = ctypes.POINTER(Launch)
+            found = built.library.last_launch().contents
+            raw = ctypes.string_at(ctypes.addressof(found) + Launch.arguments.offset, struct.calcsize(form))
+            assert (found.entry.decode(), found.smem) == (variant.entry, variant.smem_bytes)
+            launched = ((found.grid, 1, 1), found.threads, found.stream, struct.unpack(form, raw))
+            assert launched == recorder.launched
+    for first, rows, k in ((32, 8, 64), (-64, 8, 64), (0, 0, 64), (0, 8, 0), (0, 8, 48)):
+        assert run(first, rows, k) == INVALID_VALUE

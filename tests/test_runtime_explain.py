@@ -43,7 +43,8 @@ def test_explain_is_the_plan_and_everything_it_was_chosen_from(m: int, device: D
     found, plan = explain(problem(m), device), make_plan(problem(m), device)
     assert found.plan == plan and found.chosen.config == plan.config.tag
     assert found.chosen.kernel == plan.variant.name and found.chosen.us == found.estimate_us >= found.floor.us
-    assert [row.config for row in found.order] == [row.config.tag for row in candidates(problem(m), device)]
+    tiles = [row.config for row in found.order if "cuBLAS" not in f"{row.kernel} {row.config}"]
+    assert tiles == [row.config.tag for row in candidates(problem(m), device)] and len(found.order) == len(tiles) + 1
     times = [row.us for row in found.runners_up if row.us is not None]
     assert times == sorted(times) and len(times) == len(found.runners_up)
     assert found.chosen not in found.runners_up

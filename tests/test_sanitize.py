@@ -6,6 +6,7 @@ import pytest
 
 from marlin.runtime import all_configs
 from marlin.runtime.driver import DeviceInfo
+from marlin.runtime.expansion import all_expand_variants
 from marlin.runtime.problem import KINDS
 from tests.gpu import sanitize
 
@@ -21,6 +22,11 @@ def test_plans_hold_every_family_kind_and_way_to_share_a_tile() -> None:
     assert any(plan.num_tickets for plan in plans), "some tiles must be split over blocks"
     assert all(plan.geometry.num_n_tiles == 2 and plan.problem.k > 2 * plan.config.block_k for plan in plans)
     assert len({plan.variant for plan in plans}) <= 24, "the set is reduced"
+
+
+def test_expanded_holds_every_kernel_that_expands() -> None:
+    plans = list(sanitize.expanded(H100))
+    assert [plan.expansion.variant for plan in plans if plan.expansion] == all_expand_variants()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def test_models_of_all_quantizations_are_described_for_every_layer():
     assert "quantization_config" not in serving.model_config(32, "none")
     layers = parse_description(serving.model_config(2, "sparse_marlin")["quantization_config"])
     assert len(layers) == 2 * 7
+    assert serving.model_config(2, "sparse_marlin, vLLM norms") == serving.model_config(2, "sparse_marlin")
     assert (layers["model.layers.1.mlp.down_proj"].n, layers["model.layers.1.mlp.down_proj"].k) == (4096, 14336)
     described = describe_published(serving.model_config(2, "pack-quantized")["quantization_config"], "config.json")
     assert described.facts.group_sizes == (serving.GROUP_SIZE,)
@@ -60,7 +61,10 @@ def test_only_measured_engines_load_the_plugin():
         environment = engines.case_environment(case, "/nowhere", 1)
         assert environment["VLLM_PLUGINS"] == plugins
         assert "MARLIN_VLLM_DENSE" not in environment
+        assert "MARLIN_VLLM_ROWWISE" not in environment
     assert engines.case_environment("pack-quantized, marlin kernel", "/nowhere", 1)["MARLIN_VLLM_DENSE"] == "1"
+    own_norms = engines.case_environment("sparse_marlin, vLLM norms", "/nowhere", 1)
+    assert (own_norms["VLLM_PLUGINS"], own_norms["MARLIN_VLLM_ROWWISE"]) == ("sparse_marlin", "0")
 
 
 def test_entry_points_are_those_of_the_package(tmp_path: pathlib.Path):
@@ -153,6 +157,8 @@ def test_cache_holds_the_largest_batch_and_no_less_than_two_long_sequences():
         ("void vllm::fused_add_rms_norm_kernel<c10::Half>", "norms"),
         ("void vllm::act_and_mul_kernel<c10::Half>", "activation"),
         ("void vllm::rotary_embedding_kernel<c10::Half>", "rotary"),
+        ("sm90_fused_add_rms_norm_fp16_p1", "norms"),
+        ("sm90_silu_and_mul_fp16_p1", "activation"),
         ("nvjet_hsh_128x64_64x8_1x2_h_bz_TNT", "linear, fp16"),
         (
             "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::ArgMaxOps<float>>>",

@@ -1,8 +1,9 @@
 """compute-sanitizer over a reduced set of kernels: `python tests/gpu/sanitize.py [--tools memcheck,racecheck]`.
 
 Owns which kernels and problems are tried (every family and kind, every way of sharing a tile, few tiles each, odd
-extents), and the verdict: each tool's own count of errors. What runs under the tool is this file with --child, which
-uses the driver alone, every tensor an allocation of its own, so that a read beyond one is seen; results are checked.
+extents; all that expand), and the verdict: each tool's own count of errors. What runs under the tool is this file with
+--child, which uses the driver alone, every tensor an allocation of its own, so that a read beyond one is seen; results
+are checked.
 
 racecheck follows barriers of a block; of what the copy engine and other blocks of a cluster write it knows in part, so
 a hazard that it reports there is a question, and one that it does not report is no proof.
@@ -25,9 +26,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from marlin.runtime import Problem, all_configs, compiler, driver, launch, make_plan, why_illegal
+from marlin.runtime import Problem, all_configs, compiler, driver, expand, launch, make_plan, why_illegal
 from marlin.runtime.build import build_all
 from marlin.runtime.config import GROUP_SIZES, Config, TileConfig
+from marlin.runtime.expansion import Slab, all_expand_variants, expansion
 from marlin.runtime.plan import Plan
 from marlin.runtime.problem import DTYPES, KINDS
 
@@ -70,6 +72,13 @@ def plans(device: driver.DeviceInfo) -> Iterator[Plan]:
             problem = Problem(m, config.block_n + 8, k, group_size, dtype, kind)
             if why_illegal(config, problem, device) is None:
                 yield make_plan(problem, device, config)
+
+
+def expanded(device: driver.DeviceInfo) -> Iterator[Plan]:
+    """Every kernel that expands, on a weight of odd extents."""
+    for variant in all_expand_variants():
+        problem = Problem(256, 136, 5 * max(variant.group_size, 32), variant.group_size, variant.dtype, variant.kind)
+        yield make_plan(problem, device, portable=True)._replace(expansion=expansion(problem, device))
 
 
 class _Memory:
@@ -131,6 +140,31 @@ def _run(plan: Plan, memory: _Memory) -> None:
     memory.free()
 
 
+def _expand(plan: Plan, memory: _Memory) -> None:
+    """The second slab of two, and the check of its rows."""
+    import torch
+
+    from marlin.formats.layouts import pack
+    from marlin.testing.cases import random_weight
+
+    problem, slab = plan.problem, Slab(64, plan.problem.n - 64)
+    dtype = getattr(torch, problem.dtype)
+    weight = random_weight(problem.n, problem.k, problem.group_size, problem.kind, dtype=dtype)
+    packed = pack(weight)
+    tensors = {"codes": packed.codes, "meta": packed.meta, "scales": packed.scales}
+    pointers = {
+        key: 0 if tensor is None else memory.put(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for key, tensor in tensors.items()
+    }
+    size = 2 * slab.rows * problem.k
+    out = memory.put(b"\xff" * size)
+    expand(plan, slab, **pointers, out=out, stream=0)
+    driver.synchronize(plan.device.index)
+    found = torch.frombuffer(memory.get(out, size), dtype=dtype).view(slab.rows, problem.k)
+    assert torch.equal(found, weight.to_dense(dtype)[slab.first :]), plan.runs
+    memory.free()
+
+
 def child() -> int:
     """What runs under the tool."""
     import torch
@@ -142,6 +176,9 @@ def child() -> int:
         for plan in plans(device):
             _run(plan, memory)
             count += 2
+        for plan in expanded(device):
+            _expand(plan, memory)
+            count += 1
     print(f"{count} {_LAUNCHED}", flush=True)
     return 0
 
@@ -212,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sanitize: a CUDA GPU is needed; got none. Run `marlin doctor`.")
         return 2
     device = driver.device_info(0)
-    variants = list(dict.fromkeys(plan.variant for plan in plans(device)))
+    variants = [*dict.fromkeys(plan.variant for plan in plans(device)), *all_expand_variants()]
     began = time.monotonic()
     rows = build_all(variants, [compiler.arch_for(device.arch)])
     print(f"{program}\n{device.name}: {len(rows)} kernels compiled in {time.monotonic() - began:.0f} s", flush=True)

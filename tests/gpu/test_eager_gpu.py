@@ -90,7 +90,7 @@ def test_profiler_and_modes_see_the_operator() -> None:
         with torch.device(DEVICE):
             assert torch.equal(layer(act), expected)
         stacked = torch.stack([act, -act])
-        assert ops._is_plain(act) and not ops._is_plain(torch._neg_view(act))
+        assert ops.is_plain(act) and not ops.is_plain(torch._neg_view(act))
         assert torch.equal(ops.linear(torch._neg_view(act), layer.packed), layer(-act))
         assert torch.equal(layer(stacked)[0], expected)
 

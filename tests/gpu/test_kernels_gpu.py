@@ -16,7 +16,7 @@ import marlin.ops
 from marlin import runtime
 from marlin.formats import CompressedWeight, Weight
 from marlin.formats.layouts import PackedWeight, pack, unpack
-from marlin.runtime import build, cache, source
+from marlin.runtime import build, cache, catalog
 from marlin.testing import cases, emulator, oracle, tolerance
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +35,7 @@ def _dtype_id(value: Any) -> str | None:
 @pytest.fixture(scope="module", autouse=True)
 def _all_kernels_built() -> None:
     """Compile what is missing in parallel, since a process compiles one kernel at a time."""
-    variants = source.all_variants()
+    variants = catalog.all_kernels()
     if cache.info().entries < len(variants):
         major, minor = torch.cuda.get_device_capability()
         build.build_all(variants, [f"{major}{minor}"])

@@ -253,6 +253,8 @@ def test_vllm_gives_the_tokens_of_transformers(
     result, (model, _, method) = results[name], JOBS[name]
     assert "error" not in result, result["error"]
     assert result["methods"].get(method) == 4 * LAYERS, result["methods"]
+    # Two norms and an activation a layer, and the last norm.
+    assert result["methods"]["row-wise"] == (3 * LAYERS + 1 if "Marlin" in method else 0), result["methods"]
     dtype = torch.bfloat16 if model == "mixed" else torch.float16
     sequences = [ids + tokens for ids, tokens in zip(_prompts(), result["tokens"], strict=True)]
     largest = total = 0

@@ -15,13 +15,14 @@ from typing import Any
 
 
 def methods(model: Any) -> dict[str, int]:
-    """How many layers run which method, or which kernel of a method that has several."""
+    """How many layers run which method, or which kernel of a method that has several; and "row-wise": ours."""
     counts: collections.Counter[str] = collections.Counter()
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         kernel = getattr(getattr(module, "scheme", None), "kernel", None)
         if method is not None:
             counts[type(getattr(kernel, "delegate", None) or kernel or method).__name__] += 1
+        counts["row-wise"] += getattr(module, "takes", False) is True
     return dict(counts)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from marlin.runtime.driver import DeviceInfo
+from marlin.runtime.expansion import ExpandVariant
+from marlin.runtime.rowwise import RowwiseVariant
 from marlin.runtime.source import MAPS, Variant
 
 HERE = Path(__file__).parent
@@ -27,7 +29,7 @@ _ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "uint64": 8}
 
 
 @cache
-def built(variant: Variant, folder: Path, fault: Fault = _NONE) -> ctypes.CDLL:
+def built(variant: Variant | ExpandVariant | RowwiseVariant, folder: Path, fault: Fault = _NONE) -> ctypes.CDLL:
     """The variant as a shared library."""
     folder = folder / str(abs(hash(fault)))
     source = folder / "source"
@@ -52,8 +54,11 @@ def built(variant: Variant, folder: Path, fault: Fault = _NONE) -> ctypes.CDLL:
         f"-DBF16={variant.dtype == 'bfloat16':d}",
     ]
     library = folder / f"{variant.entry}.so"
-    harness = source / ("harness_sm90.cpp" if variant.config.family == "sm90" else "harness.cpp")
-    result = subprocess.run(["g++", *flags, "-o", str(library), str(harness)], capture_output=True, text=True)
+    harness = {ExpandVariant: "harness_expand.cpp", RowwiseVariant: "harness_rowwise.cpp"}.get(type(variant))
+    if isinstance(variant, Variant):
+        harness = {"sm80": "harness.cpp", "sm90": "harness_sm90.cpp"}[variant.config.family]
+    assert harness is not None
+    result = subprocess.run(["g++", *flags, "-o", str(library), str(source / harness)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     loaded = ctypes.CDLL(str(library))
     assert loaded.smem_bytes() == variant.smem_bytes

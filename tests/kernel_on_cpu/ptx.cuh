@@ -39,6 +39,15 @@ void load_smem(u32 (&word)[kWords], u32 smem) {
     memcpy(word, host::smem_at(smem, 4 * kWords), 4 * kWords);
 }
 inline void store_smem(u32 smem, u32 word) { memcpy(host::smem_at(smem, 4), &word, 4); }
+inline void store_smem(u32 smem, const u32 (&word)[4]) {
+    host::require(smem % 16 == 0);
+    memcpy(host::smem_at(smem, 16), word, 16);
+}
+template <int kWords>
+void load_gmem(u32 (&word)[kWords], const void* gmem) {
+    host::require(reinterpret_cast<uintptr_t>(gmem) % (4 * kWords) == 0);
+    memcpy(word, gmem, 4 * kWords);
+}
 inline void store_gmem(void* gmem, const u32 (&word)[4]) {
     host::require(reinterpret_cast<uintptr_t>(gmem) % 16 == 0);
     memcpy(gmem, word, 16);
@@ -77,6 +86,15 @@ template <u32 kSelector>
 u32 permute_bytes(u32 word) {
     u32 result = 0;
     for (int i = 0; i < 4; ++i) result |= (word >> (8 * (kSelector >> (4 * i) & 3)) & 0xff) << (8 * i);
+    return result;
+}
+inline u32 place_bytes(u32 word, u32 selector) {
+    u32 result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const u32 from = selector >> (4 * i) & 15;
+        host::require(from < 8);
+        result |= (from < 4 ? word >> (8 * from) & 0xff : 0) << (8 * i);
+    }
     return result;
 }
 template <bool kBf16>
@@ -162,5 +180,7 @@ inline int atomic_add_acq_rel(int* counter, int value) {
     return old;
 }
 inline float4 load_l2(const float4* gmem) { return *gmem; }
+inline void load_l2(u32 (&word)[4], const void* gmem) { load_gmem(word, gmem); }
+inline float reciprocal_sqrt(float value) { return 1 / std::sqrt(value); }
 
 }  // namespace marlin

@@ -16,7 +16,7 @@ from marlin.errors import message
 
 if TYPE_CHECKING:
     from marlin.runtime.build import BuildRow
-    from marlin.runtime.source import Variant
+    from marlin.runtime.catalog import AnyVariant
 
 RUNNERS_UP = 5  # that `explain` shows unless told otherwise
 
@@ -27,10 +27,10 @@ app = typer.Typer(
 )
 
 
-def _select(only: str | None) -> list[Variant]:
-    from marlin.runtime.source import all_variants
+def _select(only: str | None) -> list[AnyVariant]:
+    from marlin.runtime.catalog import all_kernels
 
-    variants = [v for v in all_variants() if only is None or only in v.entry]
+    variants = [v for v in all_kernels() if only is None or only in v.entry]
     if not variants:
         raise ValueError(
             message("kernels", "--only must be part of an entry's name", repr(only), "See marlin kernels list.")
@@ -67,7 +67,8 @@ def list_variants(
         return
     table = Table("entry", "dtype", "group", "threads", "smem bytes", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(str(row[key]) for key in ("entry", "dtype", "group_size", "threads", "smem_bytes")))
+        cells = (row[key] for key in ("entry", "dtype", "group_size", "threads", "smem_bytes"))
+        table.add_row(*("-" if cell is None else str(cell) for cell in cells))
     console = out()
     console.width = max(console.width, 110)
     console.print(table)
@@ -135,7 +136,8 @@ def build(
 @app.command()
 def emit(
     name: str = typer.Argument(
-        ..., help="Kernel family: sm80_w4a16_sp24, sm80_w4a16_dense, sm90_w4a16_sp24 or sm90_w4a16_dense."
+        ...,
+        help="Kernel family: sm80_w4a16_sp24, sm80_w4a16_dense, the same with sm90_, or with sm80_expand_.",
     ),
     output: Path | None = typer.Option(None, "--output", "-o", help="File to write; stdout when left out."),
     dtype: str = typer.Option("float16", "--dtype", help="float16 or bfloat16."),
@@ -148,7 +150,7 @@ def emit(
       marlin kernels emit sm80_w4a16_sp24 -o kernel.cu
       marlin kernels emit sm80_w4a16_dense --dtype bfloat16 --group-size -1
       marlin kernels emit sm90_w4a16_sp24 -o kernel.cu
-      marlin kernels emit sm90_w4a16_dense --group-size 32
+      marlin kernels emit sm80_expand_w4a16_dense --group-size 32
     """
     from marlin.runtime import emit as emitter
 
@@ -200,8 +202,11 @@ def explain(
     console.print(f"{kind} M={m} N={n} K={k} group_size={group_size} {dtype} on {plan.device.name}", soft_wrap=True)
     if plan.problem.batch_invariant:
         console.print("batch-invariant mode (MARLIN_BATCH_INVARIANT=1): one order of additions for every M")
-    blocks = f"{plan.geometry.grid} blocks of {plan.config.threads} threads, workspace {plan.workspace_bytes} bytes"
-    console.print(f"runs {plan.variant.entry}: {blocks}", soft_wrap=True)
+    blocks = f"{found.grid} blocks of {found.variant.threads} threads, workspace {found.workspace_bytes} bytes"
+    console.print(f"runs {found.variant.entry}: {blocks}", soft_wrap=True)
+    if plan.expansion is not None:
+        slabs = f"{len(plan.expansion.slabs)} times, {plan.expansion.slab_rows} rows at most"
+        console.print(f"{slabs}; cuBLAS multiplies them")
     share = f"{100 * floor.us / found.estimate_us:.0f} %"
     times = f"memory {floor.memory_us:.1f}, tensor cores {floor.tensor_us:.1f}"
     console.print(f"estimate {found.estimate_us:.1f} us; floor {floor.us:.1f} us ({times}), {share} of the estimate")

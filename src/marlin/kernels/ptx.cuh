@@ -55,9 +55,24 @@ __device__ __forceinline__ void load_smem(u32 (&word)[4], u32 smem) {
                  : "r"(smem));
 }
 
-// "st.shared": one word.
+// "st.shared": one word or four.
 __device__ __forceinline__ void store_smem(u32 smem, u32 word) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(word) : "memory");
+}
+__device__ __forceinline__ void store_smem(u32 smem, const u32 (&word)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(word[0]), "r"(word[1]), "r"(word[2]),
+                 "r"(word[3])
+                 : "memory");
+}
+
+// "ld.global.nc": one word or four of what no kernel writes meanwhile; the four around L1.
+__device__ __forceinline__ void load_gmem(u32 (&word)[1], const void* gmem) {
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(word[0]) : "l"(gmem));
+}
+__device__ __forceinline__ void load_gmem(u32 (&word)[4], const void* gmem) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "l"(gmem));
 }
 
 // "st.global": 16 bytes.
@@ -94,6 +109,13 @@ template <u32 kSelector>
 __device__ __forceinline__ u32 permute_bytes(u32 word) {
     u32 result;
     asm("prmt.b32 %0, %1, 0, %2;" : "=r"(result) : "r"(word), "n"(kSelector));
+    return result;
+}
+
+// "prmt": four bytes of `word` (0 to 3) and of zero (4), as the four low nibbles of `selector` say.
+__device__ __forceinline__ u32 place_bytes(u32 word, u32 selector) {
+    u32 result;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(result) : "r"(word), "r"(selector));
     return result;
 }
 
@@ -196,6 +218,21 @@ __device__ __forceinline__ float4 load_l2(const float4* gmem) {
                  : "l"(gmem)
                  : "memory");
     return v;
+}
+
+// The same as four words, for what an earlier kernel may have written after this one started.
+__device__ __forceinline__ void load_l2(u32 (&word)[4], const void* gmem) {
+    asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "l"(gmem)
+                 : "memory");
+}
+
+// "rsqrt.approx": within 2^-22.9 of the value, relatively.
+__device__ __forceinline__ float reciprocal_sqrt(float value) {
+    float result;
+    asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
 }
 
 }  // namespace marlin

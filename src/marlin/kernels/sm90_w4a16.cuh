@@ -8,8 +8,8 @@
 //           they lie in memory, activations in panels of 64 columns with 128-byte swizzle. Barriers of a stage: its weights
 //           are there; its tokens are; all warps have read both. Its cursor runs ahead across tiles (schedule.cuh).
 // Products: of a unit (64 columns of a 2:4 weight, 32 of a dense one) a thread fetches its packed words, makes A fragments
-//           of them, and starts wgmma; meanwhile it does the same for the next unit. With few tokens and registers to
-//           spare (kAhead) these are units of the next chunk, and those of the first chunk do not wait for tokens.
+//           of them, and starts wgmma; meanwhile it does the same for the next unit. With few tokens (kAhead) it
+//           does so for a piece of a chunk at once, and the first piece does not wait for tokens.
 // Launch:   the ring is filled with weights before the wait for the kernel before (programmatic dependent launch);
 //           activations, workspace and output are touched after it. So weights must not be written by a kernel that lets
 //           its successor start early.
@@ -115,59 +115,64 @@ struct Multiplier {
         if (lane() == 0) mbarrier_arrive(barriers().empty(stage));
     }
 
-    // Fragments of a chunk, as soon as its weights are there.
-    __device__ __forceinline__ void prepare(Fragments (&frag)[T::kChunkUnits], Cursor& at) const {
-        const u32 stage = smem + at.stage * T::kStageBytes;
-        mbarrier_wait(barriers().weights(at.stage), at.parity);
-        Packed packed[T::kChunkUnits];
+    // Fragments of a piece of a chunk.
+    __device__ __forceinline__ void prepare(Fragments (&frag)[T::kPieceUnits], u32 stage, int piece) const {
+        Packed packed[T::kPieceUnits];
 #pragma unroll
-        for (int i = 0; i < T::kChunkUnits; ++i) {
-            fetch(packed[i], stage, unit(i), i == 0);
-            fetch_meta(frag[i], stage, unit(i));
+        for (int i = 0; i < T::kPieceUnits; ++i) {
+            fetch(packed[i], stage, unit(piece * T::kPieceUnits + i), i == 0);
+            fetch_meta(frag[i], stage, unit(piece * T::kPieceUnits + i));
         }
 #pragma unroll
-        for (int i = 0; i < T::kChunkUnits; ++i) unpack(frag[i], packed[i], packed[0]);
-        at.step();
+        for (int i = 0; i < T::kPieceUnits; ++i) unpack(frag[i], packed[i], packed[0]);
     }
 
-    // The fragments of the next chunk are made while products run, those of the first before there are tokens.
-    __device__ __forceinline__ void multiply_ahead(Sums90<T>& acc, Cursor& weights, Cursor& tokens, int length,
-                                                   int panel_bytes) const {
-        Fragments frag[2][T::kChunkUnits];
-        prepare(frag[0], weights);
-        int left = length;
-        auto step = [&](const Fragments (&now)[T::kChunkUnits], Fragments (&next)[T::kChunkUnits]) {
-            mbarrier_wait(barriers().tokens(tokens.stage), tokens.parity);
-            wgmma_fence();
+    __device__ __forceinline__ void start_products(Sums90<T>& acc, const Fragments (&frag)[T::kPieceUnits], u32 stage,
+                                                   int piece, int panel_bytes) const {
+        wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < T::kChunkUnits; ++i) {
-                multiply(acc, now[i], smem + tokens.stage * T::kStageBytes, unit(i), panel_bytes);
-            }
-            wgmma_commit();
-            wgmma_wait<1>();  // products of the chunk before
-            if (left < length) release(tokens.before());
-            if (--left > 0) prepare(next, weights);
-            tokens.step();
-        };
+        for (int i = 0; i < T::kPieceUnits; ++i) {
+            multiply(acc, frag[i], stage, unit(piece * T::kPieceUnits + i), panel_bytes);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();  // products of the piece before
+    }
+
+    // The fragments of the next piece are made while products run, those of the first before there are tokens.
+    __device__ __forceinline__ void multiply_ahead(Sums90<T>& acc, Cursor& at, int length, int panel_bytes) const {
+        constexpr int kPieces = T::kChunkUnits / T::kPieceUnits;
+        static_assert(kPieces % 2 == 0);
+        Fragments frag[2][T::kPieceUnits];
+        mbarrier_wait(barriers().weights(at.stage), at.parity);
+        prepare(frag[0], smem + at.stage * T::kStageBytes, 0);
 #pragma unroll 1
-        while (true) {
-            step(frag[0], frag[1]);
-            if (left == 0) break;
-            step(frag[1], frag[0]);
-            if (left == 0) break;
+        for (int left = length; left > 0; --left) {
+            const u32 buffer = smem + at.stage * T::kStageBytes;
+            mbarrier_wait(barriers().tokens(at.stage), at.parity);
+#pragma unroll
+            for (int piece = 0; piece < kPieces; ++piece) {
+                start_products(acc, frag[piece % 2], buffer, piece, panel_bytes);
+                if (piece == 0 && left < length) release(at.before());
+                if (piece + 1 < kPieces) prepare(frag[(piece + 1) % 2], buffer, piece + 1);
+            }
+            at.step();
+            if (left > 1) {
+                mbarrier_wait(barriers().weights(at.stage), at.parity);
+                prepare(frag[0], smem + at.stage * T::kStageBytes, 0);
+            }
         }
         wgmma_wait<0>();
-        release(tokens.before());
+        release(at.before());
     }
 
     // The fragments of the next unit are made while products run.
     __device__ __forceinline__ void multiply_in_turn(Sums90<T>& acc, Cursor& at, int length, int panel_bytes) const {
         constexpr int kUnits = T::kChunkUnits;
         static_assert(kUnits % 2 == 0);
-        Packed packed[2];
+        Packed packed;
         Fragments frag[2];
         mbarrier_wait(barriers().weights(at.stage), at.parity);
-        fetch(packed[0], smem + at.stage * T::kStageBytes, unit(0), true);
+        fetch(packed, smem + at.stage * T::kStageBytes, unit(0), true);
 #pragma unroll 1
         for (int left = length; left > 0; --left) {
             const u32 buffer = smem + at.stage * T::kStageBytes;
@@ -177,19 +182,18 @@ struct Multiplier {
             fetch_meta(frag[0], buffer, unit(0));
 #pragma unroll
             for (int i = 0; i < kUnits; ++i) {
-                if (T::kFetchEarly && i + 1 < kUnits) fetch(packed[(i + 1) % 2], buffer, unit(i + 1), false);
-                unpack(frag[i % 2], packed[T::kFetchEarly ? i % 2 : 0], packed[0]);
+                unpack(frag[i % 2], packed, packed);
                 wgmma_fence();
                 multiply(acc, frag[i % 2], buffer, unit(i), panel_bytes);
                 wgmma_commit();
                 wgmma_wait<1>();  // products of the unit before, the last of the chunk before where i is 0
                 if (!T::kDrain && i == 0 && left < length) release(before);
                 if (i + 1 < kUnits) {
-                    if (!T::kFetchEarly) fetch(packed[0], buffer, unit(i + 1), false);
+                    fetch(packed, buffer, unit(i + 1), false);
                     fetch_meta(frag[(i + 1) % 2], buffer, unit(i + 1));
                 } else if (left > 1) {
                     mbarrier_wait(barriers().weights(at.stage), at.parity);
-                    fetch(packed[0], smem + at.stage * T::kStageBytes, unit(0), true);
+                    fetch(packed, smem + at.stage * T::kStageBytes, unit(0), true);
                 }
             }
             if constexpr (T::kDrain) {
@@ -206,7 +210,7 @@ struct Multiplier {
     __device__ __forceinline__ void run() const {
         const Schedule& s = args.schedule;
         const int num_chunks = s.num_local_chunks();
-        Cursor weights, tokens;
+        Cursor cursor;
         int done = 0;
         while (done < num_chunks) {
             Segment at;
@@ -216,9 +220,9 @@ struct Multiplier {
 #pragma unroll
             for (int b = 0; b < T::kTokenBlocks; ++b) pin(acc[b]);
             if constexpr (T::kAhead) {
-                multiply_ahead(acc, weights, tokens, length, panel_bytes);
+                multiply_ahead(acc, cursor, length, panel_bytes);
             } else {
-                multiply_in_turn(acc, tokens, length, panel_bytes);
+                multiply_in_turn(acc, cursor, length, panel_bytes);
             }
             wait_for_previous_kernel();  // before the workspace and the output are written
             finish(acc, done);

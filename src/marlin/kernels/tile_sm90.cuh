@@ -41,15 +41,13 @@ struct Tile90 {
     static constexpr int kTokenBlocks = BLOCK_M / 8, kTilesK = BLOCK_K / 64;
     // A unit: columns whose A fragments take eight registers of a thread, two k-steps.
     static constexpr int kTileUnits = kSparse ? 1 : 2, kUnitColumns = 64 / kTileUnits;
-    // Whether there are registers for the packed words of two units.
-    static constexpr bool kFetchEarly = kSparse && !kLarge;
     // Whether the products of a chunk end with it: the assembler makes dense ones wait for each other otherwise.
     static constexpr bool kDrain = !kSparse;
     static constexpr int kUnitScales = kGroupSize < kUnitColumns ? kUnitColumns / kGroupSize : 1;
     static constexpr int kChunkUnits = kTilesK * kTileUnits / WGS_K;  // of a chunk, that a warpgroup multiplies
-    // Whether there are registers for the fragments of two chunks: with few tokens, in blocks of few threads.
-    static constexpr bool kAhead =
-        kSparse && !kLarge && kChunkUnits <= 2 && MIN_BLOCKS * ((kThreads + 127) / 128 * 128) <= 768;
+    // Whether there are registers for the fragments of two pieces of a chunk; and how large a piece is.
+    static constexpr bool kAhead = !kLarge;
+    static constexpr int kPieceUnits = kChunkUnits >= 4 && MIN_BLOCKS * kThreads <= 768 ? 2 : 1;
     static constexpr int kChunkGroups = kGroupSize >= BLOCK_K ? 1 : BLOCK_K / kGroupSize;
 
     static constexpr int kActBytes = kTilesK * BLOCK_M * 128;  // panels of 64 columns

@@ -20,6 +20,10 @@ from marlin.formats.layouts import TILE_WORDS, PackedWeight, unpack
 from marlin.ops import cpu, cuda
 from marlin.ops.checks import check, check_out
 from marlin.ops.cuda import Operands
+from marlin.ops.direct import is_compiling, is_plain
+from marlin.ops.rowwise import fused_add_rms_norm as fused_add_rms_norm
+from marlin.ops.rowwise import rms_norm as rms_norm
+from marlin.ops.rowwise import silu_and_mul as silu_and_mul
 from marlin.settings import batch_invariant
 
 KINDS = tuple(TILE_WORDS)
@@ -131,34 +135,17 @@ def _present(operands: Operands) -> tuple[Tensor | None, ...]:
     return operands if operands[1] is not None else (operands[0], *operands[2:])
 
 
-_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_transform, _tracing_state = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
-_is_profiling, _is_compiling = torch._C._autograd._profiler_enabled, torch.compiler.is_compiling
-
-
-def _is_plain(act: Tensor) -> bool:
-    """Whether nothing stands between a call on act and its kernel: no subclass, mode, transform, tracer or profiler."""
-    return (
-        type(act) is Tensor
-        and not (act.is_neg() or _dispatch_modes() or _function_modes() or _is_profiling())
-        and _transform() is None
-        and _tracing_state() is None
-    )
-
-
 def packed_linear(kind: str, act: Tensor, operands: Operands, n: int, group_size: int) -> Tensor:
     """The operator of `kind` on (codes, meta or None, scales, bias or None), by the shortest way: [..., N].
 
     Shapes and errors: see `linear`.
     """
     bias = operands[3]
-    if _is_compiling() or (
-        torch.is_grad_enabled() and (act.requires_grad or (bias is not None and bias.requires_grad))
-    ):
+    if is_compiling() or (torch.is_grad_enabled() and (act.requires_grad or (bias is not None and bias.requires_grad))):
         return cast(Tensor, _overloads[kind](act, *_present(operands), n, group_size))
     # Why: going through torch's dispatcher costs more than the launch, and its autograd kernel of a Python operator
     # costs that again; without gradients nothing needs either.
-    if act.is_cuda and _is_plain(act):
+    if act.is_cuda and is_plain(act):
         return cuda.linear(kind, act, operands, n, group_size)
     with torch._C._AutoDispatchBelowAutograd():
         return cast(Tensor, _overloads[kind](act, *_present(operands), n, group_size))
@@ -188,7 +175,7 @@ def linear_out(act: Tensor, packed: PackedWeight, out: Tensor, bias: Tensor | No
 
 
 def describe(kind: str, m: int, n: int, k: int, group_size: int, dtype: torch.dtype, device: torch.device | str) -> str:
-    """Which path computes this product: "cpu reference (fp32)", or kernel and configuration.
+    """Which path computes this product: "cpu reference (fp32)", or kernel and configuration, or expansion and cuBLAS.
 
     Raises: ValueError, UnsupportedError (no path).
     """
@@ -203,8 +190,7 @@ def describe(kind: str, m: int, n: int, k: int, group_size: int, dtype: torch.dt
 
     index = torch.cuda.current_device() if device.index is None else device.index
     problem = runtime.Problem(m, n, k, group_size, cuda.DTYPE_NAMES[dtype], kind, batch_invariant())
-    plan = runtime.plan(problem, index)
-    return f"{plan.variant.name} {plan.config.tag}"
+    return runtime.plan(problem, index).runs
 
 
 def clear_cpu_cache() -> None:

@@ -1,7 +1,8 @@
 """The CUDA implementation: from tensors to pointers, with as few steps on the host as correctness allows.
 
 Owns: which inputs are copied first, and what calls of one weight remember (checks passed, addresses, plans). Must not
-know how a kernel is chosen, compiled or launched: `marlin.runtime` does, and is imported on the first call.
+know how a kernel is chosen, compiled or launched: `marlin.runtime` does, and is imported on the first call; nor how an
+expanded product is computed: `expanded` does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ import torch
 from torch import Tensor
 
 from marlin.errors import message
+from marlin.ops import expanded
 from marlin.ops.checks import check, check_out
+from marlin.ops.direct import current_device as _current_device
+from marlin.ops.direct import empty as _empty
+from marlin.ops.direct import raw_stream as _raw_stream
+from marlin.ops.direct import rows as _rows
 from marlin.ops.scratch import split_k_memory
 from marlin.settings import batch_invariant
 
@@ -24,21 +30,10 @@ DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _MAX_REMEMBERED = 8192
 
 
-def _empty_on_device(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
-
-
-# Why these, where torch has them: each saves a microsecond of a call over its public counterpart.
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
-    getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", _empty_on_device
-)
-
-
 class _Call(NamedTuple):
     """What calls of one signature share.
 
-    pieces: (first row, plan). whole: the plan, where it is one launch that needs no split-K memory.
+    pieces: (first row, plan). whole: the plan, where it is one launch that needs no memory.
     """
 
     k: int
@@ -65,6 +60,12 @@ class _Weight:
         self.codes = weakref.ref(codes, lambda dead: _forget(number, dead))
         self.others = tuple(None if t is None else weakref.ref(t) for t in (meta, scales, bias))
         self.addresses = _addresses((codes, meta, scales, bias if held is None else held))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As kernels read it."""
+        own = self.others[2]
+        return self.held if self.held is not None or own is None else own()
 
     def is_of(self, operands: Operands, key: tuple[str, int, int]) -> bool:
         """Whether these are the tensors that were checked, where they were then."""
@@ -170,10 +171,30 @@ def _prepare(op: str, act: Tensor, operands: Operands, n: int, group_size: int) 
         rows, dtype = min(MAX_M, m - start), DTYPE_NAMES[act.dtype]
         problem = runtime.Problem(rows, n, k, group_size, dtype, op, batch_invariant())
         pieces.append((start, runtime.plan(problem, act.get_device())))
-    shape = (*act.shape[:-1], n)
+    return _call(pieces, (*act.shape[:-1], n), k)
+
+
+def _call(pieces: list[tuple[int, Any]], shape: tuple[int, ...], k: int) -> _Call:
+    from marlin import runtime
+
+    whole = None
+    if len(pieces) == 1:
+        plan = pieces[0][1]
+        whole = None if plan.num_tickets or plan.expansion is not None else plan
     strides = torch.empty(shape, device="meta").stride()
-    whole = pieces[0][1] if len(pieces) == 1 and not pieces[0][1].num_tickets else None
     return _Call(k, shape, strides, tuple(pieces), whole, runtime.launch)
+
+
+def by_plan(plan: Any, act: Tensor, operands: Operands, out: Tensor) -> Tensor:
+    """act [M, K] times the weight into out [M, N] by a given `runtime.Plan` of theirs, nothing remembered; returns out.
+
+    For benchmarks and tests of plans that `linear` would not make. Raises: as `linear`.
+    """
+    op, n, k = plan.problem.kind, plan.problem.n, plan.problem.k
+    check(op, act, *operands, n, plan.problem.group_size)
+    weight = _Weight((op, n, plan.problem.group_size), operands, act.get_device(), None)
+    with torch.cuda.device(weight.index):
+        return _run(op, weight, _call([(0, plan)], (*act.shape[:-1], n), k), act, out)
 
 
 def _run(op: str, weight: _Weight, call: _Call, act: Tensor, out: Tensor | None) -> Tensor:
@@ -191,26 +212,6 @@ def _run(op: str, weight: _Weight, call: _Call, act: Tensor, out: Tensor | None)
     return result if out is None or result is out else out.copy_(result)
 
 
-def _rows(act: Tensor, k: int) -> tuple[Tensor, int]:
-    """act as rows that kernels read (16-byte aligned, last dimension contiguous), copied if need be; their stride."""
-    lda = k
-    if not act.is_contiguous():
-        act = act.reshape(-1, k)
-        lda = act.stride(0)
-        if act.stride(1) != 1 or lda < k or lda % 8:
-            act, lda = act.contiguous(), k
-    if act.data_ptr() % 16:
-        act, lda = act.clone(memory_format=torch.contiguous_format), k
-    return act, lda
-
-
-def _public_stream(index: int) -> int:
-    return torch.cuda.current_stream(index).cuda_stream
-
-
-_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
-
-
 def _capture_id(stream: int) -> int:
     """Number of the capture that the current stream is part of, 0 for none."""
     if not torch.cuda.is_current_stream_capturing():
@@ -225,6 +226,12 @@ def _launch(weight: _Weight, call: _Call, act: Tensor, out: Tensor) -> None:
     act, lda = _rows(act, call.k)
     stream = _raw_stream(weight.index)
     for start, plan in call.pieces:
+        # Why not then: cuBLAS may need an environment variable to be allowed; either way computes the product.
+        if plan.expansion is not None and not torch.are_deterministic_algorithms_enabled():
+            rows = slice(start, start + plan.problem.m)
+            tokens, outputs = act.view(-1, call.k)[rows], out.view(-1, call.out_shape[-1])[rows]
+            expanded.product(plan, weight.addresses[:3], tokens, outputs, weight.bias, stream)
+            continue
         at, to = act.data_ptr() + 2 * lda * start, out.data_ptr() + 2 * call.out_shape[-1] * start
         if not plan.num_tickets:
             _put(call, plan, weight, at, to, lda, stream)

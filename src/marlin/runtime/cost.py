@@ -51,19 +51,30 @@ _MEMORY_SHARE = 0.879  # of the nominal bandwidth that streaming reaches
 # The same of sm90_*, where a launch overlaps the one before: fitted to 568 timings of its tiles on the same layers and
 # GPU at M = 1 to 4096, those of the tiles record and of the GEMM record (against the tiles record: root mean square
 # error 8.6 %, the choice on average 1.4 % slower than the best tile).
-_REDUCE90_US, _CLUSTER_US, _WAVE_US, _NEXT_TILE_US = 3.75, 1.34, 2.42, 1.64
-_JOIN_US = 0.442  # one more warpgroup along K
-_PART90_US, _STORE_US = 1.02e-5, 4.21e-5  # a byte
-_TENSOR90 = 1.072  # cycles of a unit for each token
-_UNIT_SLOTS_SPARSE, _UNIT_SLOTS_DENSE = 73.2, 69.8
-_UNIT_LATENCY, _CHUNK_LATENCY = 107.9, 324.6  # cycles
-_L2_BYTES_PER_CYCLE90, _MEMORY_SHARE90, _CLOCK_SHARE90 = 46.1, 0.747, 0.9
+_REDUCE90_US, _CLUSTER_US, _WAVE_US, _NEXT_TILE_US = 3.68, 1.46, 2.35, 1.86
+_JOIN_US = 0.49  # one more warpgroup along K
+_PART90_US, _STORE_US = 1.05e-5, 3.08e-5  # a byte
+_TENSOR90 = 1.155  # cycles of a unit for each token
+_UNIT_SLOTS_SPARSE, _UNIT_SLOTS_DENSE = 64.2, 68.8
+_UNIT_LATENCY, _CHUNK_LATENCY = 119.1, 402.3  # cycles
+_L2_BYTES_PER_CYCLE90, _MEMORY_SHARE90, _CLOCK_SHARE90 = 48.1, 0.730, 0.9
 
 
 def arch_model(arch: tuple[int, int]) -> ArchModel:
     """The model of the newest known architecture that is not newer than `arch`."""
     known = [a for a in _ARCH_MODELS if a <= arch]
     return _ARCH_MODELS[max(known) if known else (8, 0)]
+
+
+# Dense fp16 operations of a multiprocessor in a cycle, with fp32 accumulation, at the architecture's full rate
+# (NVIDIA's architecture papers). Boards that halve fp32 accumulation (GeForce) reach half of it.
+_DENSE_OPS_PER_CYCLE = {(8, 0): 2048, (8, 6): 1024, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 1024}
+
+
+def dense_ops_per_cycle(arch: tuple[int, int]) -> int:
+    """Of the newest known architecture that is not newer than `arch`."""
+    known = [a for a in _DENSE_OPS_PER_CYCLE if a <= arch]
+    return _DENSE_OPS_PER_CYCLE[max(known) if known else (8, 0)]
 
 
 class Geometry(NamedTuple):

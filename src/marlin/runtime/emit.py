@@ -19,11 +19,13 @@ from marlin.runtime.config import (
 from marlin.runtime.config_sm90 import WarpgroupConfig
 from marlin.runtime.cost import cost_us
 from marlin.runtime.driver import DeviceInfo
+from marlin.runtime.emit_expand import NAMES as EXPAND_NAMES
+from marlin.runtime.emit_expand import emit_expand
 from marlin.runtime.problem import DTYPES, KINDS, Problem
 from marlin.runtime.source import ARGUMENTS, Variant, inline
 from marlin.runtime.wgmma import wgmma_text
 
-NAMES = tuple(f"{family}_{kind}" for family in ("sm80", "sm90") for kind in KINDS)
+NAMES = tuple(f"{family}_{kind}" for family in ("sm80", "sm90") for kind in KINDS)  # of products
 
 # Arguments of the launcher: those of sm80_* kernels before the integers of a schedule.
 _ARGUMENTS = ARGUMENTS[: [name for _, name, _ in ARGUMENTS].index("num_m_tiles")]
@@ -214,12 +216,15 @@ _CASE_SM90 = """    const Tile* tile = kTiles;
 def emit(name: str, *, dtype: str = "float16", group_size: int = 128) -> str:
     """One self-contained .cu (base CUDA only) of a kernel family, with an `extern "C"` launcher.
 
-    name: one of NAMES. The launcher is the same for all: it chooses a tile by M alone.
-    Raises: ValueError (unknown name, dtype or group size).
+    name: one of NAMES, whose launcher is the same for all and chooses a tile by M alone; or of EXPAND_NAMES, see
+    `emit_expand`. Raises: ValueError (unknown name, dtype or group size).
     """
-    require(name in NAMES, "kernels emit", f"NAME must be one of {NAMES}", repr(name))
+    known = (*NAMES, *EXPAND_NAMES)
+    require(name in known, "kernels emit", f"NAME must be one of {known}", repr(name))
     require(dtype in DTYPES, "kernels emit", f"dtype must be one of {DTYPES}", repr(dtype))
     require(group_size in GROUP_SIZES, "kernels emit", f"group_size must be one of {GROUP_SIZES}", str(group_size))
+    if name in EXPAND_NAMES:
+        return emit_expand(name, dtype=dtype, group_size=group_size)
     family, kind = name.split("_", 1)
     return (_emit_sm90 if family == "sm90" else _emit_sm80)(name, kind, dtype, group_size)
 

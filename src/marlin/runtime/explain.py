@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from marlin.runtime.cost import dense_ops_per_cycle
 from marlin.runtime.driver import DeviceInfo
+from marlin.runtime.expansion import ExpandVariant, expansion, grid, why_not
 from marlin.runtime.plan import Plan, candidates, make_plan
 from marlin.runtime.problem import Problem
+from marlin.runtime.source import Variant
 
-# Dense fp16 operations of a multiprocessor in a cycle, with fp32 accumulation, at the architecture's full rate
-# (NVIDIA's architecture papers). Boards that halve fp32 accumulation (GeForce) are at best at twice this floor.
-_DENSE_OPS_PER_CYCLE = {(8, 0): 2048, (8, 6): 1024, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 1024}
 _SPARSE_RATE = 2  # of the 2:4 instruction, dense-equivalent
 
 
@@ -40,7 +40,10 @@ class Floor(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """One configuration: kernel (None where it cannot run), tile, estimate, or the reason against it."""
+    """One configuration: kernel (None where it cannot run), tile, estimate, or the reason against it.
+
+    For an expanded product the kernel that expands "+ cuBLAS", and the slabs.
+    """
 
     kernel: str | None
     config: str
@@ -50,7 +53,7 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """The plan of a problem, its estimate and floor, and every configuration, the chosen one among them.
+    """The plan of a problem, its estimate and floor, and every way to compute it, the chosen one among them.
 
     estimate_us: of the plan. order: what can run by estimate, then what cannot.
     """
@@ -62,7 +65,27 @@ class Explanation:
 
     @property
     def chosen(self) -> Ranked:
-        return next(row for row in self.order if row.config == self.plan.config.tag and row.us is not None)
+        plan = self.plan
+        kernel, tag = (plan.variant.name, plan.config.tag)
+        if plan.expansion is not None:
+            kernel, tag = plan.expansion.name, plan.expansion.tag
+        return next(row for row in self.order if (row.kernel, row.config) == (kernel, tag))
+
+    @property
+    def variant(self) -> Variant | ExpandVariant:
+        """The kernel of ours that runs."""
+        return self.plan.variant if self.plan.expansion is None else self.plan.expansion.variant
+
+    @property
+    def grid(self) -> int:
+        """Its blocks, those of the largest slab where it expands."""
+        expanded = self.plan.expansion
+        return self.plan.geometry.grid if expanded is None else grid(expanded.slab_rows, expanded.k)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of the parts of split tiles, or of a slab."""
+        return self.plan.workspace_bytes if self.plan.expansion is None else self.plan.expansion.slab_bytes
 
     @property
     def runners_up(self) -> tuple[Ranked, ...]:
@@ -85,12 +108,13 @@ class Explanation:
         return {
             "problem": plan.problem._asdict(),
             "gpu": plan.device.name,
-            "kernel": plan.variant.name,
-            "entry": plan.variant.entry,
-            "grid": plan.geometry.grid,
-            "threads": plan.variant.threads,
-            "smem_bytes": plan.variant.smem_bytes,
-            "workspace_bytes": plan.workspace_bytes,
+            "kernel": self.chosen.kernel,
+            "entry": self.variant.entry,
+            "grid": self.grid,
+            "threads": self.variant.threads,
+            "smem_bytes": self.variant.smem_bytes,
+            "workspace_bytes": self.workspace_bytes,
+            "slabs": [] if plan.expansion is None else [slab.rows for slab in plan.expansion.slabs],
             "estimate_us": self.estimate_us,
             "floor_us": self.floor.us,
             "floor": {**self.floor._asdict(), "bound": self.floor.bound},
@@ -101,8 +125,7 @@ class Explanation:
 def floor(problem: Problem, device: DeviceInfo) -> Floor:
     """The floor of a problem on a described GPU."""
     moved = problem.weight_bytes + 2 * problem.m * (problem.k + problem.n)
-    known = [arch for arch in _DENSE_OPS_PER_CYCLE if arch <= device.arch]
-    rate = _DENSE_OPS_PER_CYCLE[max(known) if known else (8, 0)] * (_SPARSE_RATE if "sp24" in problem.kind else 1)
+    rate = dense_ops_per_cycle(device.arch) * (_SPARSE_RATE if "sp24" in problem.kind else 1)
     cycles = problem.operations / (rate * device.num_sms)
     return Floor(moved / device.memory_bytes_per_s * 1e6, cycles / (device.sm_clock_khz / 1e3))
 
@@ -110,11 +133,23 @@ def floor(problem: Problem, device: DeviceInfo) -> Floor:
 def explain(problem: Problem, device: DeviceInfo) -> Explanation:
     """The choice for a problem on a GPU, and what it was chosen from. Raises: ValueError, UnsupportedError."""
     plan = make_plan(problem, device)
-    order = tuple(
+    rows = [
         Ranked(
             None if row.us is None else make_plan(problem, device, row.config).variant.name, row.config.tag, *row[1:]
         )
         for row in candidates(problem, device)
-    )
-    estimate = next(row.us for row in order if row.config == plan.config.tag and row.us is not None)
+    ]
+    rows.append(_expanded(plan))
+    order = tuple(sorted(rows, key=lambda row: (row.us is None, row.us or 0.0)))
+    estimate = Explanation(plan, 0.0, floor(problem, device), order).chosen.us
+    assert estimate is not None, "what was planned can run"
     return Explanation(plan, estimate, floor(problem, device), order)
+
+
+def _expanded(plan: Plan) -> Ranked:
+    """The row of the expanded product."""
+    reason = why_not(plan.problem, plan.config.family)
+    if reason is not None:
+        return Ranked(None, "expand + cuBLAS", None, reason)
+    found = expansion(plan.problem, plan.device)
+    return Ranked(found.name, found.tag, found.us, None)

@@ -10,6 +10,7 @@ import os
 
 from marlin.runtime import cache, compiler, driver, tensor_map
 from marlin.runtime.config_sm90 import NARROW_SMEM_BYTES, WIDE_SMEM_BYTES
+from marlin.runtime.expansion import TILE, ExpandVariant, Slab, grid
 from marlin.runtime.plan import Plan
 from marlin.runtime.source import Variant
 
@@ -135,3 +136,30 @@ def launch(
     else:
         args = (act, codes, meta, scales, *rest, lda, *found.schedule)
         found.kernel.launch(found.blocks, found.threads, stream, args)
+
+
+@functools.cache
+def _expand_kernel(variant: ExpandVariant, arch: str, device_index: int) -> driver.Kernel:
+    cubin = cache.get_cubin(variant.render(), name=variant.entry, arch=arch)
+    smem_bytes, signature = variant.smem_bytes, variant.signature
+    return driver.load_kernel(
+        cubin, variant.entry, device_index=device_index, smem_bytes=smem_bytes, signature=signature
+    )
+
+
+def expand(plan: Plan, slab: Slab, *, codes: int, meta: int, scales: int, out: int, stream: int) -> None:
+    """Write a slab of the plan's weight, [rows, K] in 16 bits, to `out` on `stream`. Pointers as `launch` takes them.
+
+    Raises: as `launch`.
+    """
+    assert plan.expansion is not None, "the plan expands nothing"
+    problem, device, variant = plan.problem, plan.device, plan.expansion.variant
+    loaded = _expand_kernel(variant, compiler.arch_for(device.arch), device.index)
+    tile_row, tiles_k = slab.first // TILE, -(-problem.k // TILE)
+    groups = 1 if problem.group_size == -1 else problem.k // problem.group_size
+    sparse = problem.kind == "w4a16_sp24"
+    codes += tile_row * tiles_k * (1024 if sparse else 2048)
+    meta += tile_row * tiles_k * 512 if sparse else 0
+    scales += tile_row * groups * 128
+    args = (codes, meta, scales, out, slab.rows, problem.k)
+    loaded.launch((grid(slab.rows, problem.k), 1, 1), variant.threads, stream, args)

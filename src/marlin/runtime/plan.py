@@ -10,6 +10,7 @@ from marlin.runtime import driver
 from marlin.runtime.config import MAX_WORKSPACE_BYTES, Config, all_configs, why_illegal, why_illegal_problem
 from marlin.runtime.cost import Geometry, cost_us, geometry
 from marlin.runtime.driver import DeviceInfo
+from marlin.runtime.expansion import Expansion, worthwhile
 from marlin.runtime.invariant import chosen_order, order, why_variant
 from marlin.runtime.problem import Problem
 from marlin.runtime.source import Variant
@@ -19,6 +20,7 @@ class Plan(NamedTuple):
     """Everything about a launch but its pointers.
 
     workspace_bytes: fp32 parts of split tiles; num_tickets: int32 counters, zero before the first launch and left zero.
+    expansion: what is faster than the launch, where something is; either computes the product.
     """
 
     problem: Problem
@@ -28,6 +30,14 @@ class Plan(NamedTuple):
     geometry: Geometry
     workspace_bytes: int
     num_tickets: int
+    expansion: Expansion | None = None
+
+    @property
+    def runs(self) -> str:
+        """What computes the product, in words: kernel and tile, or kernel and slabs."""
+        if self.expansion is not None:
+            return f"{self.expansion.name} {self.expansion.tag}"
+        return f"{self.variant.name} {self.config.tag}"
 
 
 class Candidate(NamedTuple):
@@ -62,19 +72,23 @@ def _workspace_bytes(config: Config, shape: Geometry) -> int:
     return 2 * shape.grid * config.block_m * config.block_n * 4 if shared else 0
 
 
-def make_plan(problem: Problem, device: DeviceInfo, config: Config | None = None) -> Plan:
+def make_plan(problem: Problem, device: DeviceInfo, config: Config | None = None, *, portable: bool = False) -> Plan:
     """Plan for any device description; `config` overrides the choice. Raises: ValueError, UnsupportedError.
 
     Plans of one batch-invariant problem at any M add in one order; with `config`, in that of the configuration.
+    portable: choose as on a GPU without kernels of its own, from those that every GPU runs.
     """
     reason = why_illegal_problem(problem)
     if reason is not None:
         raise ValueError(f"{problem.kind}: {reason}")
+    expanded = None
     if config is None:
-        best = candidates(problem, device)[0]
+        rows = candidates(problem, device)
+        best = next((row for row in rows if not portable or row.config.family == "sm80"), rows[0])
         if best.us is None:
             raise UnsupportedError(f"{problem.kind}: {best.reason}")
         config = best.config
+        expanded = worthwhile(problem, device, config.family, best.us)
     else:
         reason = why_illegal(config, problem, device)
         if reason is None and problem.batch_invariant:
@@ -91,10 +105,11 @@ def make_plan(problem: Problem, device: DeviceInfo, config: Config | None = None
         shape,
         _workspace_bytes(config, shape),
         0 if config.cluster else shape.num_split_tiles,
+        expanded,
     )
 
 
 @lru_cache(maxsize=8192)
-def plan(problem: Problem, device_index: int, config: Config | None = None) -> Plan:
-    """The plan for a problem on a GPU of this machine, cached. Raises: ValueError, UnsupportedError."""
-    return make_plan(problem, driver.device_info(device_index), config)
+def plan(problem: Problem, device_index: int, config: Config | None = None, *, portable: bool = False) -> Plan:
+    """`make_plan` for a GPU of this machine, cached. Raises: ValueError, UnsupportedError."""
+    return make_plan(problem, driver.device_info(device_index), config, portable=portable)

@@ -8,6 +8,7 @@ each of its processes, through the entry point `sparse_marlin` of the group `vll
     parameters  a parameter that holds the parts of a merged layer and cuts what is loaded for a rank
     linear      the linear method: create, load, process, apply
     kernel      the kernel that takes over layers of ordinary INT4 checkpoints
+    rowwise     norms and SiLU-and-multiply of models whose linear layers are ours
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def installed_version() -> str:
 
 
 def register() -> None:
-    """Enter the quantization method and the kernel in vLLM's registries; repeated calls change nothing.
+    """Enter the method, the kernel and the row-wise operators in vLLM's registries; repeated calls change nothing.
 
     With VLLM_BATCH_INVARIANT=1, batch-invariant mode is switched on.
     Raises: UnsupportedError (no vLLM, or one whose interface is another; the text names the tested versions).
@@ -38,11 +39,12 @@ def register() -> None:
     try:
         from vllm import envs
 
-        from marlin.integrations.vllm import config, kernel
+        from marlin.integrations.vllm import config, kernel, rowwise
         from marlin.settings import set_batch_invariant
 
         config.register()
         kernel.register()
+        rowwise.register()
         if envs.VLLM_BATCH_INVARIANT:
             set_batch_invariant(True)
     except (ImportError, AttributeError, TypeError) as error:

@@ -30,6 +30,7 @@ from marlin.formats.published import Facts, read_pack_quantized
 from marlin.formats.weight import K_MULTIPLE, N_MULTIPLE, CompressedWeight
 
 _choosing = threading.local()
+_kept = 0  # layers of this process
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -39,6 +40,11 @@ def takes_dense() -> bool:
     if text not in ("0", "1"):
         raise ValueError(message("MARLIN_VLLM_DENSE", "it must be 0 or 1", repr(text)))
     return text == "1"
+
+
+def keeps_layers() -> bool:
+    """Whether the kernel has kept any layer of a model of this process."""
+    return _kept > 0
 
 
 class SparseMarlinLinearKernel(MPLinearKernel):
@@ -111,6 +117,8 @@ class SparseMarlinLinearKernel(MPLinearKernel):
                 delattr(layer, name) if hasattr(layer, name) else None
                 layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.packed = (packed.kind, packed.n, packed.group_size)
+        global _kept
+        _kept += 1
 
     def _choose_other(self) -> MPLinearKernel:
         """The kernel that vLLM would have chosen without ours."""
