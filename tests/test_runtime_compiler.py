@@ -74,6 +74,14 @@ def test_compile_cubin_is_deterministic():
     assert compile_text(CROWDED).image == compile_text(CROWDED).image
 
 
+def test_compile_cubin_keeps_nvrtc_from_answering_from_its_cache(monkeypatch):
+    nvrtc, given = compiler._nvrtc(), []
+    run = nvrtc.nvrtcCompileProgram
+    monkeypatch.setattr(nvrtc, "nvrtcCompileProgram", lambda *args: given.extend(args[2]) or run(*args))
+    compile_text(TRIVIAL)
+    assert (b"--no-cache" in given) == (compiler.nvrtc_version() >= (12, 9))
+
+
 def test_compile_cubin_takes_further_options():
     plain, lines = compile_text(TRIVIAL), compile_text(TRIVIAL, options=("-lineinfo",))
     assert b".debug_line" not in plain.image and b".debug_line" in lines.image

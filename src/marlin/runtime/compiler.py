@@ -164,12 +164,15 @@ def compile_cubin(text: str, *, name: str, arch: str, options: tuple[str, ...] =
     """
     check_arch(arch)
     nvrtc = _nvrtc()
+    # Why: from 12.9 on NVRTC keeps what it compiled where there is a driver, and then reports no resources.
+    uncached = ("--no-cache",) if nvrtc_version() >= (12, 9) else ()
     arguments = flags(arch, options)
+    given = [flag.encode() for flag in (*arguments, *uncached)]
     error, program = nvrtc.nvrtcCreateProgram(text.encode(), f"{name}.cu".encode(), 0, [], [])
     if int(error) != 0:
         raise CompileError(message(f"compile_cubin[{name}]", "NVRTC must accept the text", f"{error.name}"))
     try:
-        (error,) = nvrtc.nvrtcCompileProgram(program, len(arguments), [flag.encode() for flag in arguments])
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
         log = _read(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace").strip()
         image = _read(nvrtc, program, "CUBIN") if int(error) == 0 else b""
     finally:
