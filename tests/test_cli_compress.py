@@ -104,7 +104,13 @@ def test_recover_of_a_loaded_model_changes_codes_but_not_masks(material: tuple[P
     model = api.load(tmp_path / "out", dtype=torch.float32)
     before = {name: layer.to_weight() for name, layer in nn.sparse_linears(model)}
     teacher = AutoModelForCausalLM.from_pretrained(material[0])
-    given = replace(recovery.settings(1.0, torch.device("cpu"), 0, None), minutes=None, steps=30, generated_tokens=0)
+    given = replace(
+        recovery.settings(1.0, torch.device("cpu"), 0, None),
+        minutes=None,
+        steps=30,
+        generated_tokens=0,
+        learning_rate=2e-3,
+    )
     report = api.recover(model, teacher, TEXT, tokenizer=_tokenizer(), recovery=given)
     after = {name: layer.to_weight() for name, layer in nn.sparse_linears(model)}
     assert report["steps"] > 0 and after.keys() == before.keys()

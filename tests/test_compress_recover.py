@@ -14,7 +14,7 @@ from marlin.compress.distill import Distance, logits_kl
 from marlin.compress.latent import LatentLinear
 from marlin.compress.recipe import PLAIN
 from marlin.compress.sampling import FREE, sample
-from marlin.compress.texts import Batches, prompts, split_held_out
+from marlin.compress.texts import PIECES, Batches, prompts, split_held_out
 from marlin.errors import CheckpointError
 from marlin.formats import CompressedWeight, DenseInt4Weight
 
@@ -67,14 +67,16 @@ def compressed(name: str = "sparse") -> tuple[Any, Any, Any]:
     return dense, model, done.weights
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_recover_lowers_the_divergence_and_leaves_what_it_returns(name: str) -> None:
+def test_recover_lowers_the_divergence_and_leaves_what_it_returns(name: str, optimizer: str) -> None:
     dense, model, weights = compressed(name)
     held_out = split_held_out(stream(), 32, 4)[1]
     before = float(Distance(model, dense, None)(held_out).detach())
     masks = {key: weight.mask() for key, weight in weights.items() if isinstance(weight, CompressedWeight)}
     rate = 5e-4 if name == "dense" else 3e-3
-    result = recover(model, dense, weights, stream(), recovery=Recovery(steps=60, **{**QUICK, "learning_rate": rate}))
+    given = Recovery(steps=60, **{**QUICK, "learning_rate": rate, "optimizer": optimizer})
+    result = recover(model, dense, weights, stream(), recovery=given)
     after = float(Distance(model, dense, None)(held_out).detach())
     assert after < 0.97 * before
     assert result.report["divergence_before"] == pytest.approx(before, rel=1e-4)
@@ -91,10 +93,14 @@ def test_recover_lowers_the_divergence_and_leaves_what_it_returns(name: str) -> 
     assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
 
 
-def test_recover_repeats_and_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_recover_repeats_and_resumes_with_the_same_bits(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense, model, weights = compressed()
-    whole = recover(copy.deepcopy(model), dense, weights, stream(), recovery=Recovery(steps=12, **QUICK))
-    settings = Recovery(steps=12, resume_dir=tmp_path, checkpoint_minutes=0.0, **QUICK)
+    quick = {**QUICK, "optimizer": optimizer}
+    whole = recover(copy.deepcopy(model), dense, weights, stream(), recovery=Recovery(steps=12, **quick))
+    settings = Recovery(steps=12, resume_dir=tmp_path, checkpoint_minutes=0.0, **quick)
 
     class KilledError(Exception):
         pass
@@ -109,7 +115,7 @@ def test_recover_repeats_and_resumes_with_the_same_bits(tmp_path: Path, monkeypa
             dense,
             weights,
             stream(),
-            recovery=Recovery(steps=12, resume_dir=tmp_path, checkpoint_minutes=0.0, progress=kill, **QUICK),
+            recovery=Recovery(steps=12, resume_dir=tmp_path, checkpoint_minutes=0.0, progress=kill, **quick),
         )
     assert (tmp_path / "state.safetensors").exists()
     monkeypatch.setattr("marlin.compress.recovery.sample", None)  # Why: the text is taken from the folder.
@@ -121,7 +127,7 @@ def test_recover_repeats_and_resumes_with_the_same_bits(tmp_path: Path, monkeypa
     with pytest.raises(
         CheckpointError, match=r"^resume: the folder must belong to the same run; got another options in "
     ):
-        other = {**QUICK, "learning_rate": 1e-3}
+        other = {**quick, "learning_rate": 1e-3}
         recover(model, dense, weights, stream(), recovery=Recovery(steps=12, resume_dir=tmp_path, **other))
 
 
@@ -232,19 +238,36 @@ def test_prompts_are_pieces_of_text_and_single_tokens() -> None:
     rows = prompts(text, VOCAB, 400, 0, seed=0, begin=5000)
     assert torch.equal(rows, prompts(text, VOCAB, 400, 0, seed=0, begin=5000))
     assert not torch.equal(rows, prompts(text, VOCAB, 400, 1, seed=0, begin=5000))
-    pieces, single = rows[rows[:, 1] != FREE], rows[rows[:, 1] == FREE]
-    assert bool((pieces.diff(dim=1) == 1).all()) and 0.3 < len(pieces) / 400 < 0.45
-    assert bool((single[:, 1:] == FREE).all())
-    begun = single[:, 0] == 5000
-    assert 0.08 < int(begun.sum()) / 400 < 0.17 and int(single[~begun, 0].max()) < VOCAB
+    lengths = (rows != FREE).sum(1)
+    assert bool(((rows != FREE) == (torch.arange(256) < lengths.unsqueeze(1))).all())
+    assert 0.43 < float((lengths > 1).float().mean()) < 0.57
+    for length in PIECES:
+        pieces = rows[lengths == length, :length]
+        assert bool((pieces.diff(dim=1) == 1).all()) and 0.1 < len(pieces) / 400 < 0.24
+    single = rows[lengths == 1, 0]
+    assert 0.08 < int((single == 5000).sum()) / 400 < 0.17 and int(single[single != 5000].max()) < VOCAB
+
+
+def test_prompts_of_a_short_text_are_all_of_it() -> None:
+    rows = prompts(torch.arange(1000, 1020), VOCAB, 50, 0, seed=0)
+    assert rows.shape == (50, 20) and set((rows != FREE).sum(1).tolist()) == {1, 16, 20}
 
 
 def test_batches_draw_each_stream_by_its_share_and_repeat() -> None:
-    batches = Batches([torch.arange(500), torch.arange(1000, 1500)], [0.75, 0.25], 16, 8, seed=0)
+    batches = Batches([torch.arange(500), torch.arange(1000, 1500)], [0.75, 0.25], [1, 16], 16, 8, seed=0)
     rows = torch.cat([batches(step) for step in range(50)])
     assert torch.equal(batches(7), batches(7)) and not torch.equal(batches(7), batches(8))
     assert bool((rows.diff(dim=1) == 1).all())
     assert 0.65 < float((rows[:, 0] < 500).float().mean()) < 0.85
+    text, generated = rows[rows[:, 0] < 500, 0], rows[rows[:, 0] >= 1000, 0] - 1000
+    assert len(set((text % 16).tolist())) > 8 and set((generated % 16).tolist()) == {0}
+    assert len(set(generated.tolist())) > 20
+
+
+@pytest.mark.parametrize(("divergence", "rate"), [(0.01, 3e-4), (0.4, 1e-3), (3.0, 2e-3)])
+def test_the_learning_rate_follows_the_divergence_unless_given(divergence: float, rate: float) -> None:
+    assert Recovery(steps=1).rate_for(divergence) == pytest.approx(rate)
+    assert Recovery(steps=1, learning_rate=5e-3).rate_for(divergence) == 5e-3
 
 
 def test_held_out_text_is_the_tail_and_is_never_drawn() -> None:

@@ -111,8 +111,7 @@ def recover(
     if generated is None:
         generated = state.generated(lambda: generate_text(teacher, train, recovery, _generation_seconds(recovery)))
     with student(model, weights, recovery) as trained:
-        streams, shares = _streams(train, generated, recovery)
-        batches = Batches([s.to(device) for s in streams], shares, recovery.length, recovery.batch, recovery.seed)
+        batches = _batches(train, generated, recovery)
         run = Run(model, teacher, trained, batches, held_out.to(device), recovery, started)
         report = run.train(state)
     report["generated_tokens"] = int(generated.numel())
@@ -126,16 +125,24 @@ def _generation_seconds(recovery: Recovery) -> float:
     return float("inf") if recovery.minutes is None else recovery.minutes * 60 * recovery.generation_share
 
 
-def _streams(text: torch.Tensor, generated: torch.Tensor, recovery: Recovery) -> tuple[list[torch.Tensor], list[float]]:
-    """What is drawn from, and how often."""
-    if recovery.generated_share == 0 or recovery.generated_tokens == 0:
-        return [text], [1.0]
-    if generated.numel() < 4 * recovery.length:
-        got = f"{generated.numel()} generated tokens"
-        fix = "Training on the calibration text alone."
-        warnings.warn(message(OP, "generated text must fill 4 windows", got, fix), RecoveryWarning, stacklevel=3)
-        return [text], [1.0]
-    return [text, generated], [1 - recovery.generated_share, recovery.generated_share]
+def _batches(text: torch.Tensor, generated: torch.Tensor, recovery: Recovery) -> Batches:
+    """What is drawn from, and how often.
+
+    Why whole windows of generated text: its pieces are independent, and one that crosses from a piece to the next has
+    nothing in common with text that is as long as a window.
+    """
+    streams, shares, strides = [text], [1.0], [1]
+    if recovery.generated_share > 0 and recovery.generated_tokens > 0:
+        if generated.numel() >= 4 * recovery.length:
+            streams, strides = [text, generated], [1, recovery.length]
+            shares = [1 - recovery.generated_share, recovery.generated_share]
+        else:
+            got = f"{generated.numel()} generated tokens"
+            fix = "Training on the calibration text alone."
+            warnings.warn(message(OP, "generated text must fill 4 windows", got, fix), RecoveryWarning, stacklevel=3)
+    device = torch.device(recovery.device)
+    streams = [stream.to(device) for stream in streams]
+    return Batches(streams, shares, strides, recovery.length, recovery.batch, recovery.seed)
 
 
 def _check_memory(device: torch.device, weights: Mapping[str, Weight]) -> None:

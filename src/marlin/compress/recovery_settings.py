@@ -16,6 +16,8 @@ from torch import nn
 from marlin.compress.options import Options
 from marlin.errors import require
 
+LOWEST_RATE, HIGHEST_RATE, RATE_PER_DIVERGENCE = 3e-4, 2e-3, 2.5e-3
+
 
 class RecoveryWarning(UserWarning):
     """Recovery goes on, but not as asked: without compilation, or without generated text."""
@@ -41,31 +43,35 @@ class Recovery:
     """How a recovery runs.
 
     minutes: of everything, generation and compilation included; or steps: of the optimizer, which repeats exactly (one
-    of the two). learning_rate: of Adam, at its highest; cosine to zero after `warmup` (a share of the run).
+    of the two). optimizer: "adam", or "muon" for the weights and Adam for the rest. learning_rate: at its highest;
+    cosine to zero after `warmup` (a share of the run); None: in proportion to the divergence at the start, within
+    limits (`rate_for`).
     learn_scales: train the scales too. relative: a weight's learning rate is proportional to its group's scale, with
     learning_rate its mean; otherwise all weights share it.
     batch, length: rows and tokens of a step, which is taken in `accumulate` parts.
     generated_tokens: how many the dense model writes at most, in at most generation_share of the minutes;
-    generated_rows of generated_length tokens at a time. generated_share: of the rows of a batch. temperature: of the
-    loss. compile: "auto" (on a GPU with Triton), "always", "never". device, seed, autocast: as in `Options`.
+    generated_rows of generated_length tokens at a time, of which a batch takes windows that begin at multiples of
+    length. generated_share: of the rows of a batch. temperature: of the loss. compile: "auto" (on a GPU with Triton),
+    "always", "never". device, seed, autocast: as in `Options`.
     dtype: that norms and biases are saved in; they are rounded to it at the end. validations: of a run.
     resume_dir: where the state is kept every checkpoint_minutes, and taken from.
     """
 
     minutes: float | None = None
     steps: int | None = None
-    learning_rate: float = 2e-3
+    optimizer: str = "adam"
+    learning_rate: float | None = None
     warmup: float = 0.04
     learn_scales: bool = True
     relative: bool = True
-    batch: int = 16
+    batch: int = 8
     length: int = 1024
     accumulate: int = 1
     generated_tokens: int = 32_000_000
     generation_share: float = 0.15
     generated_share: float = 0.9
-    generated_rows: int = 8192
-    generated_length: int = 512
+    generated_rows: int = 4096
+    generated_length: int = 1024
     temperature: float = 1.0
     validations: int = 16
     compile: str = "auto"
@@ -89,8 +95,9 @@ class Recovery:
             value = getattr(self, name)
             require(0 <= value < 1, op, f"{name} must lie in 0..1, 1 excluded", f"{name}={value}")
         require(self.generated_tokens >= 0, op, "generated_tokens must not be negative", f"{self.generated_tokens}")
-        choices = ("auto", "always", "never")
-        require(self.compile in choices, op, f"compile must be one of {choices}", repr(self.compile))
+        for name, choices in (("compile", ("auto", "always", "never")), ("optimizer", ("adam", "muon"))):
+            value = getattr(self, name)
+            require(value in choices, op, f"{name} must be one of {choices}", repr(value))
         require(
             self.batch % self.accumulate == 0,
             op,
@@ -101,6 +108,16 @@ class Recovery:
     def autocast_dtype(self, model: nn.Module) -> torch.dtype | None:
         """As `Options.autocast_dtype`, for a model whose training copy is float32."""
         return Options(self.device, autocast=self.autocast).autocast_dtype(nn.Linear(1, 1))
+
+    def rate_for(self, divergence: float) -> float:
+        """The highest learning rate of a run that starts at this divergence, in nats a token.
+
+        Why less for a near start: rounding that changes at every step costs a divergence of its own while the rate is
+        high, and a run must not spend its time on coming back from it.
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return min(max(LOWEST_RATE, RATE_PER_DIVERGENCE * divergence), HIGHEST_RATE)
 
     def compiles(self) -> bool:
         """Whether blocks are compiled."""

@@ -20,6 +20,7 @@ from torch import nn
 from marlin.compress.blocks import decoder_blocks
 from marlin.compress.distill import Distance, chunk_kl
 from marlin.compress.latent import mean_scale, put_latents, take_latents
+from marlin.compress.optimizers import Optimizers
 from marlin.compress.recovery_settings import Recovery, RecoveryEvent, RecoveryWarning
 from marlin.compress.recovery_state import RecoveryState, State
 from marlin.compress.texts import OP, Batches
@@ -96,13 +97,9 @@ class Run:
             self.distance = Distance.between(
                 self.model, self.teacher, self.held_out[:1, :16], self.recovery.temperature
             )
-        groups = [
-            {"params": group, "factor": self.trained.latent_rate if name == "latent" else 1.0}
-            for name, group in self.trained.groups.items()
-            if group
-        ]
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=fused or None)
+        groups = self.trained.groups
+        factors = dict.fromkeys(groups, 1.0) | {"latent": self.trained.latent_rate}
+        self.optimizer = Optimizers.of(groups, factors, "latent" if self.recovery.optimizer == "muon" else None)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
@@ -150,13 +147,13 @@ class Run:
                 )
                 warnings.warn(text, RecoveryWarning, stacklevel=2)
                 self.compile(False)
-                self.optimizer.zero_grad()
+                self.optimizer.drop()
                 self.gradients(0)
         except torch.cuda.OutOfMemoryError as error:
             got = f"batch={self.recovery.batch}, length={self.recovery.length}"
             fix = "Lower batch or length, or raise accumulate."
             raise ValueError(message(OP, "a step must fit into the device's memory", got, fix)) from error
-        self.optimizer.zero_grad()
+        self.optimizer.drop()
 
     @torch.enable_grad()  # Why: the blocks are compiled with gradients; without, they would be compiled once more.
     def validate(self) -> float:
@@ -198,7 +195,8 @@ class Run:
             "divergence_before": state.first,
             "divergence": final,
             "best_step": max(state.best_step, 0),
-            "learning_rate": self.recovery.learning_rate,
+            "optimizer": self.recovery.optimizer,
+            "learning_rate": self.recovery.rate_for(state.first),
             "seconds": round(time.monotonic() - self.started, 1),
             "training_seconds": round(state.seconds, 1),
             "history": state.history,
@@ -219,16 +217,13 @@ class Run:
         recovery, began, losses = self.recovery, time.monotonic() - state.seconds, []
         saved, sync_every = state.seconds, SYNC_EVERY if self.device.type == "cuda" else 1
         share = self._share(state.step, state.seconds, state.budget)
-        validated = int(share * recovery.validations)
+        validated, highest = int(share * recovery.validations), recovery.rate_for(state.first)
         while share < 1.0:
-            rate = recovery.learning_rate * min(1.0, (share + 1e-3) / max(recovery.warmup, 1e-3))
+            rate = highest * min(1.0, (share + 1e-3) / max(recovery.warmup, 1e-3))
             rate *= 0.5 + 0.5 * math.cos(math.pi * min(share, 1.0))
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["factor"]
             losses.append(self.gradients(state.step + 1))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.optimizer.step(rate)
             state.step += 1
             if state.step % sync_every == 0 or recovery.steps == state.step:
                 loss = float(torch.stack(losses).mean())
