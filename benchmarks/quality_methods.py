@@ -66,7 +66,9 @@ METHODS: dict[str, Method] = {
     AUTO: Method("recovered", "auto", None, base="auto"),
 }
 TRIALS: dict[str, dict[str, Any]] = {
-    "adam": {"optimizer": "adam"},
-    "muon": {"optimizer": "muon"},
-    "muon, twice the rate": {"optimizer": "muon", "learning_rate": 4e-3},
+    "lr 5e-4": {"learning_rate": 5e-4},
+    "lr 1e-3": {"learning_rate": 1e-3},
+    "lr 2e-3": {"learning_rate": 2e-3},
+    "lr 4e-3": {"learning_rate": 4e-3},
+    "lr 1e-3, not relative": {"learning_rate": 1e-3, "relative": False},
 }

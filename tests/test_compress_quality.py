@@ -67,7 +67,7 @@ def test_quality_recovers_with_the_best_trial_and_saves_what_it_measured(data: P
     trials = json.loads((tmp_path / "work" / "trials.json").read_text())
     assert set(trials) == set(quality_methods.TRIALS)
     report = json.loads((tmp_path / "work" / "recovery-joint-recovered.json").read_text())
-    assert report["optimizer"] == quality_methods.TRIALS[min(trials, key=trials.__getitem__)]["optimizer"]
+    assert report["learning_rate"] == quality_methods.TRIALS[min(trials, key=trials.__getitem__)]["learning_rate"]
 
 
 def test_quality_takes_the_text_that_an_earlier_run_wrote(

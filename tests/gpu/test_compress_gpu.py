@@ -69,6 +69,27 @@ def test_sample_writes_on_the_gpu_what_the_models_own_cache_gives(monkeypatch: p
     assert float((ids == sample(dense, beginnings, 24, seed=3)).float().mean()) > 0.9
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_recovery_from_a_graph_has_the_bits_of_one_without(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, model, weights = compressed()
+    quick = {**QUICK, "device": "cuda", "compile": "never", "accumulate": accumulate, "generated_tokens": 0}
+    found, recorded = [], []
+    for record in (graphs.record, lambda *args: None):
+        with monkeypatch.context() as patch:
+            patch.setattr("marlin.compress.training.record", lambda *args, own=record: _noted(recorded, own(*args)))
+            given = Recovery(steps=6, **quick)
+            found.append(recover(copy.deepcopy(model), dense, weights, stream(), recovery=given))
+    assert recorded[0] is not None and recorded[1] is None
+    assert found[0].report["history"] == found[1].report["history"]
+    for name, weight in found[0].weights.items():
+        assert torch.equal(weight.codes, found[1].weights[name].codes)
+
+
+def _noted(found: list[Any], value: Any) -> Any:
+    found.append(value)
+    return value
+
+
 def test_recover_on_the_gpu_lowers_the_divergence() -> None:
     dense, model, weights = compressed()
     settings = Recovery(steps=40, device="cuda", **QUICK)

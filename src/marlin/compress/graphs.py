@@ -27,6 +27,13 @@ class _Captured:
     graph: Any
     outputs: Tensors
 
+    def __call__(self, *tensors: torch.Tensor | None) -> Tensors:
+        for kept, tensor in zip(self.inputs, tensors, strict=True):
+            if kept is not None and tensor is not None:
+                kept.copy_(tensor)
+        self.graph.replay()
+        return self.outputs
+
 
 _CAPTURED: dict[Hashable, _Captured] = {}
 _REFUSED: set[Any] = set()
@@ -52,6 +59,26 @@ def _capture(function: Callable[..., Tensors], tensors: tuple[torch.Tensor | Non
     return _Captured(inputs, graph, outputs)
 
 
+def _warn(error: RuntimeError) -> None:
+    text = f"compress: a CUDA graph could not be captured ({str(error)[:200]}); going on without"
+    warnings.warn(text, GraphWarning, stacklevel=3)
+
+
+def record(function: Callable[..., Tensors], *tensors: torch.Tensor) -> Callable[..., Tensors] | None:
+    """function with tensors of these shapes as a graph, for as long as what is returned lives; None off the GPU, and
+    with a warning where it cannot be captured. function may change tensors that outlive it, in the same way each time.
+    """
+    if tensors[0].device.type != "cuda":
+        return None
+    try:
+        with torch.cuda.device(tensors[0].device):
+            found = _capture(function, tensors, {})
+    except RuntimeError as error:
+        _warn(error)
+        return None
+    return found
+
+
 def replayed(function: Callable[..., Tensors], *tensors: torch.Tensor | None, **static: Hashable) -> Tensors:
     """function(*tensors, **static), which must change no input, read no value on the host and draw no random number.
 
@@ -69,11 +96,6 @@ def replayed(function: Callable[..., Tensors], *tensors: torch.Tensor | None, **
                 found = _CAPTURED[key] = _capture(function, tensors, static)
         except RuntimeError as error:
             _REFUSED.add(function)
-            text = f"compress: a CUDA graph could not be captured ({str(error)[:200]}); going on without"
-            warnings.warn(text, GraphWarning, stacklevel=2)
+            _warn(error)
             return function(*tensors, **static)
-    for kept, tensor in zip(found.inputs, tensors, strict=True):
-        if kept is not None and tensor is not None:
-            kept.copy_(tensor)
-    found.graph.replay()
-    return found.outputs
+    return found(*tensors)

@@ -43,9 +43,8 @@ class Recovery:
     """How a recovery runs.
 
     minutes: of everything, generation and compilation included; or steps: of the optimizer, which repeats exactly (one
-    of the two). optimizer: "adam", or "muon" for the weights and Adam for the rest. learning_rate: at its highest;
-    cosine to zero after `warmup` (a share of the run); None: in proportion to the divergence at the start, within
-    limits (`rate_for`).
+    of the two). learning_rate: of Adam, at its highest; cosine to zero after `warmup` (a share of the run); None: in
+    proportion to the divergence at the start, within limits (`rate_for`).
     learn_scales: train the scales too. relative: a weight's learning rate is proportional to its group's scale, with
     learning_rate its mean; otherwise all weights share it.
     batch, length: rows and tokens of a step, which is taken in `accumulate` parts.
@@ -59,12 +58,11 @@ class Recovery:
 
     minutes: float | None = None
     steps: int | None = None
-    optimizer: str = "adam"
     learning_rate: float | None = None
     warmup: float = 0.04
     learn_scales: bool = True
     relative: bool = True
-    batch: int = 8
+    batch: int = 16
     length: int = 1024
     accumulate: int = 1
     generated_tokens: int = 32_000_000
@@ -95,9 +93,8 @@ class Recovery:
             value = getattr(self, name)
             require(0 <= value < 1, op, f"{name} must lie in 0..1, 1 excluded", f"{name}={value}")
         require(self.generated_tokens >= 0, op, "generated_tokens must not be negative", f"{self.generated_tokens}")
-        for name, choices in (("compile", ("auto", "always", "never")), ("optimizer", ("adam", "muon"))):
-            value = getattr(self, name)
-            require(value in choices, op, f"{name} must be one of {choices}", repr(value))
+        choices = ("auto", "always", "never")
+        require(self.compile in choices, op, f"compile must be one of {choices}", repr(self.compile))
         require(
             self.batch % self.accumulate == 0,
             op,

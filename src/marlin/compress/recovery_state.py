@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from marlin.compress.optimizers import Optimizers
 from marlin.compress.store import Store, fingerprint
 from marlin.errors import CheckpointError, message
 from marlin.formats import CompressedWeight, Weight
@@ -106,17 +105,19 @@ class RecoveryState:
             self._write("generated.safetensors", {"ids": ids.contiguous()}, {})
         return ids
 
-    def save(self, state: State, parameters: list[nn.Parameter], optimizer: Optimizers) -> None:
+    def save(self, state: State, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Write the state of a run."""
         if self.folder is None:
             return
         tensors = {f"now.{i}": p.detach().cpu().contiguous() for i, p in enumerate(parameters)}
         tensors |= {f"best.{i}": p.cpu().contiguous() for i, p in enumerate(state.best)}
-        tensors |= {f"moments.{name}": t.detach().cpu().contiguous() for name, t in optimizer.moments().items()}
+        for index, moments in optimizer.state_dict()["state"].items():
+            for key, value in moments.items():
+                tensors[f"adam.{index}.{key}"] = value.detach().cpu().contiguous()
         plain = {key: value for key, value in asdict(_without_tensors(state)).items() if key != "best"}
         self._write("state.safetensors", tensors, {"state": json.dumps(plain)})
 
-    def load(self, parameters: list[nn.Parameter], optimizer: Optimizers) -> State | None:
+    def load(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> State | None:
         """Put a kept state into parameters and optimizer; None where there is none. Raises: CheckpointError."""
         found = self._read("state.safetensors")
         if found is None:
@@ -125,11 +126,16 @@ class RecoveryState:
         try:
             state = State(**json.loads(header["state"]))
             state.best = [tensors[f"best.{i}"].to(each.device) for i, each in enumerate(parameters)]
-            moments = {name[8:]: value for name, value in tensors.items() if name.startswith("moments.")}
+            moments: dict[int, dict[str, torch.Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith("adam."):
+                    _, index, name = key.split(".")
+                    moments.setdefault(int(index), {})[name] = value
             with torch.no_grad():
                 for position, parameter in enumerate(parameters):
                     parameter.copy_(tensors[f"now.{position}"])
-            optimizer.put(moments)
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             fix = f"Delete {self.folder} and start again."
             raise CheckpointError(message("recover", "state.safetensors must fit the run", str(error), fix)) from error

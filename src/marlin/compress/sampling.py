@@ -25,6 +25,25 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 SYNC_EVERY = 16
 
 
+@contextlib.contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Tell transformers' models that a row of tokens is one sequence.
+
+    Why: without a mask they look through the positions for several, which makes the host wait for the device at every
+    call and cannot be captured in a graph.
+    """
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    search = getattr(masking, "find_packed_sequence_indices", None)
+    if search is None:
+        yield
+        return
+    masking.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices = search
+
+
 class _UnfitError(Exception):
     """A layer's attention is more than a softmax over all earlier positions."""
 
@@ -110,7 +129,7 @@ def _own_cache(model: Any) -> Iterator[Step]:
 @contextlib.contextmanager
 def _stepping(model: Any, probe: torch.Tensor, length: int) -> Iterator[Step]:
     """The step for ids [B] at position 0, 1, ...: in place where the model's attention allows it."""
-    with sdpa_kernel(KERNELS), contextlib.ExitStack() as stack:
+    with sdpa_kernel(KERNELS), one_sequence_a_row(), contextlib.ExitStack() as stack:
         step = stack.enter_context(_in_place(model, length))
         if step is not None:
             try:

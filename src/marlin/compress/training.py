@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch import nn
 
 from marlin.compress.blocks import decoder_blocks
 from marlin.compress.distill import Distance, chunk_kl
+from marlin.compress.graphs import record
 from marlin.compress.latent import mean_scale, put_latents, take_latents
-from marlin.compress.optimizers import Optimizers
 from marlin.compress.recovery_settings import Recovery, RecoveryEvent, RecoveryWarning
 from marlin.compress.recovery_state import RecoveryState, State
+from marlin.compress.sampling import one_sequence_a_row
 from marlin.compress.texts import OP, Batches
 from marlin.errors import message, require
 from marlin.formats import Weight
@@ -93,13 +94,18 @@ class Run:
     def __post_init__(self) -> None:
         self.device = torch.device(self.recovery.device)
         self.dtype = self.recovery.autocast_dtype(self.model)
+        self.recorded: Callable[..., tuple[torch.Tensor, ...]] | None = None
         with self.autocast():
             self.distance = Distance.between(
                 self.model, self.teacher, self.held_out[:1, :16], self.recovery.temperature
             )
-        groups = self.trained.groups
-        factors = dict.fromkeys(groups, 1.0) | {"latent": self.trained.latent_rate}
-        self.optimizer = Optimizers.of(groups, factors, "latent" if self.recovery.optimizer == "muon" else None)
+        groups = [
+            {"params": group, "factor": self.trained.latent_rate if name == "latent" else 1.0}
+            for name, group in self.trained.groups.items()
+            if group
+        ]
+        fused = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=fused or None)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
@@ -121,13 +127,19 @@ class Run:
 
     def gradients(self, step: int) -> torch.Tensor:
         """Forward and backward of batch `step`; returns the loss."""
+        ids = self.batches(step)
+        return self._passes(ids)[0] if self.recorded is None else self.recorded(ids)[0].clone()
+
+    def _passes(self, ids: torch.Tensor) -> tuple[torch.Tensor]:
+        """Gradients of the loss on ids [batch, length] in the place of those before; returns the loss."""
+        self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
-        for part in self.batches(step).chunk(self.recovery.accumulate):
+        for part in ids.chunk(self.recovery.accumulate):
             with self.autocast():
                 loss = self.distance(part) / self.recovery.accumulate
             loss.backward()
             total += loss.detach()
-        return total
+        return (total,)
 
     def first(self) -> None:
         """One pass that changes nothing: compiles, and finds out whether a step fits."""
@@ -147,13 +159,13 @@ class Run:
                 )
                 warnings.warn(text, RecoveryWarning, stacklevel=2)
                 self.compile(False)
-                self.optimizer.drop()
                 self.gradients(0)
         except torch.cuda.OutOfMemoryError as error:
             got = f"batch={self.recovery.batch}, length={self.recovery.length}"
             fix = "Lower batch or length, or raise accumulate."
             raise ValueError(message(OP, "a step must fit into the device's memory", got, fix)) from error
-        self.optimizer.drop()
+        # Why: launching the kernels of a step from Python takes longer than running them. The graph owns the gradients.
+        self.recorded = record(self._passes, self.batches(0))
 
     @torch.enable_grad()  # Why: the blocks are compiled with gradients; without, they would be compiled once more.
     def validate(self) -> float:
@@ -170,6 +182,10 @@ class Run:
 
     def train(self, store: RecoveryState) -> dict[str, Any]:
         """Train until the schedule ends; the model is left in its best state. Returns the report."""
+        with one_sequence_a_row():
+            return self._train(store)
+
+    def _train(self, store: RecoveryState) -> dict[str, Any]:
         try:
             self.first()
             parameters = self.trained.all()
@@ -180,6 +196,7 @@ class Run:
                 state.keep(parameters)
             self._loop(state, store, parameters)
         finally:
+            self.recorded = None
             self.compile(False)
         with torch.no_grad():
             for parameter, best in zip(parameters, state.best, strict=True):
@@ -195,7 +212,6 @@ class Run:
             "divergence_before": state.first,
             "divergence": final,
             "best_step": max(state.best_step, 0),
-            "optimizer": self.recovery.optimizer,
             "learning_rate": self.recovery.rate_for(state.first),
             "seconds": round(time.monotonic() - self.started, 1),
             "training_seconds": round(state.seconds, 1),
@@ -221,9 +237,11 @@ class Run:
         while share < 1.0:
             rate = highest * min(1.0, (share + 1e-3) / max(recovery.warmup, 1e-3))
             rate *= 0.5 + 0.5 * math.cos(math.pi * min(share, 1.0))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
             losses.append(self.gradients(state.step + 1))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            self.optimizer.step(rate)
+            self.optimizer.step()
             state.step += 1
             if state.step % sync_every == 0 or recovery.steps == state.step:
                 loss = float(torch.stack(losses).mean())
