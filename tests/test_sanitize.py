@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from marlin.runtime import all_configs
 from marlin.runtime.driver import DeviceInfo
 from marlin.runtime.expansion import all_expand_variants
 from marlin.runtime.problem import KINDS
+from marlin.runtime.rowwise import all_rowwise_variants
 from tests.gpu import sanitize
 
 H100 = DeviceInfo(0, "H100", (9, 0), 132, 232448, 50 << 20, 1830000, 3.35e12)
@@ -27,6 +30,11 @@ def test_plans_hold_every_family_kind_and_way_to_share_a_tile() -> None:
 def test_expanded_holds_every_kernel_that_expands() -> None:
     plans = list(sanitize.expanded(H100))
     assert [plan.expansion.variant for plan in plans if plan.expansion] == all_expand_variants()
+
+
+def test_between_holds_every_kernel_that_works_row_by_row() -> None:
+    assert {plan.variant for plan, _ in sanitize.between(H100)} == set(all_rowwise_variants())
+    assert not any(plan.variant.early for plan, _ in sanitize.between(dataclasses.replace(H100, arch=(8, 0))))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """compute-sanitizer over a reduced set of kernels: `python tests/gpu/sanitize.py [--tools memcheck,racecheck]`.
 
 Owns which kernels and problems are tried (every family and kind, every way of sharing a tile, few tiles each, odd
-extents; all that expand), and the verdict: each tool's own count of errors. What runs under the tool is this file with
---child, which uses the driver alone, every tensor an allocation of its own, so that a read beyond one is seen; results
-are checked.
+extents; all that expand, and all that work row by row), and the verdict: each tool's own count of errors. What runs
+under the tool is this file with --child, which uses the driver alone, every tensor an allocation of its own, so that a
+read beyond one is seen; results are checked.
 
 racecheck follows barriers of a block; of what the copy engine and other blocks of a cluster write it knows in part, so
 a hazard that it reports there is a question, and one that it does not report is no proof.
@@ -32,10 +32,14 @@ from marlin.runtime.config import GROUP_SIZES, Config, TileConfig
 from marlin.runtime.expansion import Slab, all_expand_variants, expansion
 from marlin.runtime.plan import Plan
 from marlin.runtime.problem import DTYPES, KINDS
+from marlin.runtime.rowwise import RowwisePlan, make_rowwise_plan, rowwise_kernel
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 ALL_M = (1, 17, 65)
 _OPTIONS = {"memcheck": ["--padding", "64"], "racecheck": ["--racecheck-report", "all"], "synccheck": []}
+_NORMS = ("rms_norm", "fused_add_rms_norm")
+_ROWS = [(op, 3, width) for op in _NORMS for width in (1032, 4120, 8200)]
+_ROWS += [("silu_and_mul", rows, 8200) for rows in (3, 280)]
 _SUMMARY = re.compile(r"^========= (?:ERROR|RACECHECK) SUMMARY: .*$", re.MULTILINE)
 _FOUND = re.compile(r"SUMMARY: (\d+)")
 _LAUNCHED = "launches, all results within the bound"
@@ -79,6 +83,14 @@ def expanded(device: driver.DeviceInfo) -> Iterator[Plan]:
     for variant in all_expand_variants():
         problem = Problem(256, 136, 5 * max(variant.group_size, 32), variant.group_size, variant.dtype, variant.kind)
         yield make_plan(problem, device, portable=True)._replace(expansion=expansion(problem, device))
+
+
+def between(device: driver.DeviceInfo) -> Iterator[tuple[RowwisePlan, int]]:
+    """Every kernel that works row by row, and a number of rows; the last threads of a row have nothing to do."""
+    for early in dict.fromkeys((False, device.arch == (9, 0))):
+        for dtype in DTYPES:
+            for op, rows, width in _ROWS:
+                yield make_rowwise_plan(op, rows, width, dtype, device, early=early), rows
 
 
 class _Memory:
@@ -165,6 +177,39 @@ def _expand(plan: Plan, memory: _Memory) -> None:
     memory.free()
 
 
+def _row_by_row(plan: RowwisePlan, rows: int, memory: _Memory) -> None:
+    """One launch on rows that are whole numbers, with a stride wider than they are, and the check of its results."""
+    import torch
+
+    from marlin.testing.cases import random_act
+
+    op, width, dtype = plan.variant.kind, plan.width, getattr(torch, plan.variant.dtype)
+    wide, eps, kernel = width * (2 if op == "silu_and_mul" else 1), 1e-5, rowwise_kernel(plan.variant, 0)
+    whole = [(4 * random_act(rows, wide + 8, dtype=dtype, seed=seed)).round()[:, :wide] for seed in (0, 1)]
+    weight, results = random_act(1, width, dtype=dtype, seed=2)[0], 2 if op == "fused_add_rms_norm" else 1
+
+    def put(tensor: torch.Tensor) -> int:
+        return memory.put(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+    size, strided = 2 * rows * width, [torch.nn.functional.pad(each, (0, 8)) for each in whole]
+    outs = [memory.put(b"\xff" * size) for _ in range(results)]
+    if op == "silu_and_mul":
+        plan.silu_and_mul(kernel, put(strided[0]), outs[0], wide + 8, 0)
+        wanted: tuple[torch.Tensor, ...] = (torch.ops.marlin.silu_and_mul(whole[0]),)
+    elif op == "rms_norm":
+        plan.norm(kernel, (put(strided[0]), 0, put(weight), outs[0], 0), (wide + 8, 0), eps, 0)
+        wanted = (torch.ops.marlin.rms_norm(whole[0], weight, eps),)
+    else:
+        pointers = (*map(put, strided), put(weight), *outs)
+        plan.norm(kernel, pointers, (wide + 8, wide + 8), eps, 0)
+        wanted = torch.ops.marlin.fused_add_rms_norm(*whole, weight, eps)
+    driver.synchronize(0)
+    for out, each in zip(outs, wanted, strict=True):
+        found = torch.frombuffer(memory.get(out, size), dtype=dtype).view(rows, width)
+        torch.testing.assert_close(found, each, rtol=2.0**-6, atol=1e-3)
+    memory.free()
+
+
 def child() -> int:
     """What runs under the tool."""
     import torch
@@ -178,6 +223,9 @@ def child() -> int:
             count += 2
         for plan in expanded(device):
             _expand(plan, memory)
+            count += 1
+        for row_plan, rows in between(device):
+            _row_by_row(row_plan, rows, memory)
             count += 1
     print(f"{count} {_LAUNCHED}", flush=True)
     return 0
@@ -202,7 +250,7 @@ def find_tool() -> str | None:
 
 def check(tool: str, program: str, seconds: float, folder: pathlib.Path) -> Outcome:
     """One tool over the child; its whole output goes to folder."""
-    line = [program, "--tool", tool, "--kernel-name", "kernel_substring=w4a16", "--print-limit", "40"]
+    line = [program, "--tool", tool, "--kernel-name", "kernel_substring=sm", "--print-limit", "40"]
     line += ["--target-processes", "application-only", *_OPTIONS[tool], sys.executable, __file__, "--child"]
     began, log = time.monotonic(), folder / f"sanitize-{tool}.log"
     with log.open("w") as file:
@@ -250,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     device = driver.device_info(0)
     variants = [*dict.fromkeys(plan.variant for plan in plans(device)), *all_expand_variants()]
+    variants += dict.fromkeys(plan.variant for plan, _ in between(device))
     began = time.monotonic()
     rows = build_all(variants, [compiler.arch_for(device.arch)])
     print(f"{program}\n{device.name}: {len(rows)} kernels compiled in {time.monotonic() - began:.0f} s", flush=True)
