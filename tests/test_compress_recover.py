@@ -243,6 +243,23 @@ def test_models_do_not_look_for_several_sequences_in_a_row(monkeypatch: pytest.M
     assert len(calls) == 2
 
 
+def test_models_make_no_mask_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import import_utils
+
+    if not hasattr(import_utils, "is_cuda_stream_capturing"):
+        pytest.skip("this transformers does not know of captures")
+    model, ids, masks = tiny(), stream(60).view(3, 20), []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+    model(ids, use_cache=False)
+    with one_sequence_a_row():
+        model(ids, use_cache=False)
+    assert masks[0] is not None and masks[1] is None
+    assert import_utils.is_cuda_stream_capturing()
+
+
 def test_prompts_are_pieces_of_text_and_single_tokens() -> None:
     text = torch.arange(1000, 2000)
     rows = prompts(text, VOCAB, 400, 0, seed=0, begin=5000)

@@ -59,7 +59,10 @@ def _capture(function: Callable[..., Tensors], tensors: tuple[torch.Tensor | Non
     return _Captured(inputs, graph, outputs)
 
 
-def _warn(error: RuntimeError) -> None:
+def _warn(error: BaseException) -> None:
+    # Why the first: an error inside a capture makes the end of the capture fail too.
+    while error.__context__ is not None:
+        error = error.__context__
     text = f"compress: a CUDA graph could not be captured ({str(error)[:200]}); going on without"
     warnings.warn(text, GraphWarning, stacklevel=3)
 

@@ -23,25 +23,26 @@ FREE = -1
 # Why not cuDNN's: it makes a plan for every length of the cache, and each step has another.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 SYNC_EVERY = 16
+_ANSWERS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("transformers.masking_utils", "find_packed_sequence_indices", lambda position_ids: None),
+    ("transformers.utils.import_utils", "is_cuda_stream_capturing", lambda: False),
+)
 
 
 @contextlib.contextmanager
 def one_sequence_a_row() -> Iterator[None]:
-    """Tell transformers' models that a row of tokens is one sequence.
+    """Tell transformers' models that a row of tokens is one sequence, whose attention is causal and nothing else.
 
-    Why: without a mask they look through the positions for several, which makes the host wait for the device at every
-    call and cannot be captured in a graph.
+    Why: without a mask they look through the positions for several sequences, which makes the host wait for the device
+    at every call; and inside a capture they take a mask as large as the attention, which no call outside has.
     """
-    masking: Any = sys.modules.get("transformers.masking_utils")
-    search = getattr(masking, "find_packed_sequence_indices", None)
-    if search is None:
+    with contextlib.ExitStack() as stack:
+        for module, name, value in _ANSWERS:
+            found = sys.modules.get(module)
+            if hasattr(found, name):
+                stack.callback(setattr, found, name, getattr(found, name))
+                setattr(found, name, value)
         yield
-        return
-    masking.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking.find_packed_sequence_indices = search
 
 
 class _UnfitError(Exception):
