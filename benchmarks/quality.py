@@ -2,11 +2,12 @@
 
 Owns `benchmarks/records/quality-NAME.json`: its rows and its protocol. `quality_methods` has the METHODS and TRIALS,
 `quality_models` makes the models. FOLDER is what `marlin demo` prepares: `model/` (a Hugging Face directory) and
-`text/{calibration,wiki,news}-v*.txt`.
+`text/{calibration,wiki,news}-v*.txt`; another model may stand in the place of the demo's (--name).
 
-Protocol: perplexity by `marlin.evaluate` in float32, windows of 1024 tokens without overlap and without special tokens,
-the first 40; calibration on --samples windows of 1024 tokens of other articles, seed 0, shared by all rows; group_size
-64. The mixed recipe is chosen on 2 calibration windows of 512 tokens that no row is calibrated on. Recovered rows are
+Protocol: perplexity by `marlin.evaluate` in float32, windows of 1024 tokens without overlap, the first 40, without
+special tokens (where the tokenizer begins texts with one, that stands in the place of the first token); calibration on
+--samples windows of 1024 tokens of other articles, seed 0, shared by all rows; group_size 64. The mixed recipe is
+chosen on 2 calibration windows of 512 tokens that no row is calibrated on. Recovered rows are
 trained on the calibration text and on text that the dense model writes, for --minutes each (compilation and writing
 included), with the settings of `TRIALS` that a run of --trial-minutes finds best on a held-out part of that text.
 
@@ -33,7 +34,6 @@ from typing import Any
 
 import torch
 
-import marlin
 from benchmarks import quality_methods as methods
 from benchmarks import records
 from benchmarks.quality_models import Material, Setting, make, reloaded
@@ -78,9 +78,7 @@ def measure(material: Material, key: str, row: dict[str, Any]) -> dict[str, Any]
     made.model.to(setting.device)
     found = {name: row.get(name) for name in methods.TEXTS}
     for name in (name for name in setting.texts if found[name] is None):
-        value = marlin.evaluate.perplexity(
-            made.model, material.stream(name), window=methods.WINDOW, limit=setting.limit
-        )
+        value = material.perplexity(made.model, name)
         found[name] = round(value, 2)
         print(f"\r{key}: {name} perplexity {value:.4f}          ", file=sys.stderr, flush=True)
     cost = {
@@ -105,18 +103,19 @@ def measure(material: Material, key: str, row: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def header(setting: Setting) -> dict[str, Any]:
+def header(material: Material) -> dict[str, Any]:
     """What holds for all rows of a record."""
     import transformers
 
-    window = methods.WINDOW
+    setting, window = material.setting, methods.WINDOW
+    special = "no special tokens" if material.begin is None else "the first token of each replaced by BOS"
     return {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "protocol": (
-            f"perplexity of the first {setting.limit} windows of {window} tokens, no overlap, no special tokens, "
+            f"perplexity of the first {setting.limit} windows of {window} tokens, no overlap, {special}, "
             f"float32; calibration {setting.samples} x {window} tokens, seed {methods.SEED}; "
             f"group_size {methods.GROUP_SIZE}"
         ),
@@ -129,8 +128,8 @@ def update(path: pathlib.Path, material: Material, keys: list[str], again: bool)
     Raises: ValueError (the record was made by another protocol).
     """
     setting = material.setting
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**header(setting), "rows": []}
-    if record["protocol"] != header(setting)["protocol"]:
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**header(material), "rows": []}
+    if record["protocol"] != header(material)["protocol"]:
         fix = "Choose another --out, or delete it."
         raise ValueError(message("benchmarks.quality", "the record must be of this protocol", record["protocol"], fix))
     rows = {row["key"]: row for row in record["rows"]}
@@ -153,7 +152,7 @@ def update(path: pathlib.Path, material: Material, keys: list[str], again: bool)
         except Exception:  # Why: a row that fails must not cost those after it.
             traceback.print_exc()
             continue
-        record = {**header(setting), "rows": [rows[name] for name in methods.METHODS if name in rows]}
+        record = {**header(material), "rows": [rows[name] for name in methods.METHODS if name in rows]}
         records.write(path, record)
     return record
 

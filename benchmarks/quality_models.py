@@ -58,6 +58,7 @@ class Material:
 
         self.setting = setting
         self.tokenizer: Any = AutoTokenizer.from_pretrained(setting.data / "model", local_files_only=True)
+        self.begin = marlin.api.beginning(self.tokenizer)
         self._streams: dict[str, torch.Tensor] = {}
         self.generated: torch.Tensor | None = None
         self.writing = 0.0
@@ -84,10 +85,18 @@ class Material:
         path = self.setting.data / "model"
         return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32).eval()
 
+    def perplexity(self, model: Any, name: str) -> float:
+        """Of a model on a text, by the protocol."""
+        limit = self.setting.limit
+        return marlin.evaluate.perplexity(
+            model, self.stream(name), window=methods.WINDOW, limit=limit, begin=self.begin
+        )
+
     def windows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Calibration windows [samples, 1024] and, disjoint from them, the probe [2, 512] of the mixed recipe."""
         count = self.setting.samples + methods.PROBE_WINDOWS
-        drawn = marlin.compress.calibration_windows(self.stream("calibration"), count, methods.WINDOW, methods.SEED)
+        stream = self.stream("calibration")
+        drawn = marlin.compress.calibration_windows(stream, count, methods.WINDOW, methods.SEED, self.begin)
         return drawn[: self.setting.samples], drawn[self.setting.samples :, : methods.PROBE_TOKENS].contiguous()
 
 
@@ -203,10 +212,16 @@ def shower(key: str) -> Any:
     return show
 
 
-def writer(setting: Setting, key: str) -> marlin.compress.Recovery:
+def writer(material: Material, key: str) -> marlin.compress.Recovery:
     """The settings that text is written with."""
+    setting = material.setting
     return marlin.compress.Recovery(
-        **setting.recovery, minutes=setting.minutes, device=setting.device, seed=methods.SEED, progress=shower(key)
+        **setting.recovery,
+        minutes=setting.minutes,
+        device=setting.device,
+        seed=methods.SEED,
+        begin=material.begin,
+        progress=shower(key),
     )
 
 
@@ -242,7 +257,7 @@ def write(material: Material, key: str, teacher: Any) -> float:
     setting = material.setting
     if material.generated is not None:
         return material.writing
-    recovery = writer(setting, key)
+    recovery = writer(material, key)
     # Why cut: the tail of the text is held out by the recovery.
     stream = material.stream("calibration")
     stream = stream[: int(0.9 * stream.numel())]
@@ -272,6 +287,7 @@ def train(material: Material, key: str, made: Made, teacher: Any, minutes: float
         minutes=minutes,
         device=setting.device,
         seed=methods.SEED,
+        begin=material.begin,
         progress=shower(key),
     )
     stream = material.stream("calibration")
@@ -336,6 +352,4 @@ def reloaded(material: Material, made: Made, key: str) -> float:
     values = {name: tensor for name, tensor in loaded.state_dict().items() if name.rpartition(".")[0] not in names}
     values |= {f"{name}.weight": layer.to_dense(torch.float32) for name, layer in names.items()}
     plain.load_state_dict(values)
-    return marlin.evaluate.perplexity(
-        plain.to(setting.device), material.stream("wiki"), window=methods.WINDOW, limit=setting.limit
-    )
+    return material.perplexity(plain.to(setting.device), "wiki")

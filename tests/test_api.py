@@ -28,9 +28,12 @@ RECIPE = Recipe(
 class Words:
     """A tokenizer of the least kind: one id per character."""
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [ord(c) % 64 for c in text]}
+    def __init__(self, bos_token_id: int | None = None) -> None:
+        self.bos_token_id = bos_token_id
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        begin = [] if self.bos_token_id is None or not add_special_tokens else [self.bos_token_id]
+        return {"input_ids": begin + [ord(c) % 64 for c in text]}
 
     def save_pretrained(self, directory: Path) -> None:
         (Path(directory) / "tokenizer.json").write_text("{}")
@@ -79,6 +82,14 @@ def test_compress_takes_text_with_a_tokenizer() -> None:
     stream = api.tokenize(text, Words())
     assert stream.tolist() == [ord(c) % 64 for c in "".join(text)]
     api.compress(b, api.calibration_windows(stream, 4, 32, 5), RECIPE, options=options)
+    assert torch.equal(logits(a), logits(b))
+
+
+def test_compress_begins_windows_as_the_tokenizer_begins_texts() -> None:
+    assert [api.beginning(each) for each in (None, Words(), Words(3))] == [None, None, 3]
+    text, (a, b) = "The quick brown fox jumps over the lazy dog. " * 16, (tiny_model(), tiny_model())
+    api.compress(a, text, RECIPE, tokenizer=Words(3), samples=4, length=32)
+    api.compress(b, api.calibration_windows(api.tokenize(text, Words(3)), 4, 32, begin=3), RECIPE)
     assert torch.equal(logits(a), logits(b))
 
 

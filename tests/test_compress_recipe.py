@@ -118,6 +118,13 @@ def test_preset_rejects_an_unknown_name() -> None:
         preset("best")
 
 
+def test_calibration_windows_begin_with_the_token_given() -> None:
+    ids = torch.arange(1000)
+    plain, found = (calibration_windows(ids, samples=5, length=100, seed=3, begin=begin) for begin in (None, 7))
+    assert found[:, 0].tolist() == [7] * 5 and torch.equal(found[:, 1:], plain[:, 1:])
+    assert torch.equal(ids, torch.arange(1000))
+
+
 def test_calibration_windows_are_seeded_and_do_not_overlap() -> None:
     ids = torch.arange(1000)
     rows = calibration_windows(ids, samples=5, length=100, seed=3)

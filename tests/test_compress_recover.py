@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,31 @@ def test_batches_draw_each_stream_by_its_share_and_repeat() -> None:
     text, generated = rows[rows[:, 0] < 500, 0], rows[rows[:, 0] >= 1000, 0] - 1000
     assert len(set((text % 16).tolist())) > 8 and set((generated % 16).tolist()) == {0}
     assert len(set(generated.tolist())) > 20
+
+
+def test_recovery_of_a_model_whose_texts_begin_with_a_token_sees_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, model, weights = compressed()
+    asked, seen = [], []
+    measure = Distance.__call__
+
+    def draw(model: Any, rows: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+        asked.append(rows)
+        return sample(model, rows, *args, **more)
+
+    def note(self: Distance, ids: torch.Tensor) -> torch.Tensor:
+        seen.append(ids)
+        return measure(self, ids)
+
+    monkeypatch.setattr("marlin.compress.recovery.sample", draw)
+    monkeypatch.setattr(Distance, "__call__", note)
+    recover(model, dense, weights, stream(), recovery=Recovery(steps=3, begin=5, **QUICK))
+    assert asked and all(set(rows[:, 0].tolist()) == {5} for rows in asked)
+    assert seen and all(set(rows[:, 0].tolist()) == {5} for rows in seen)
+    alone = prompts(stream(), VOCAB, 400, 0, seed=0, begin=FREE)
+    assert 0.08 < float((alone[:, 0] == FREE).float().mean()) < 0.17
+    batches = Batches([torch.arange(500)], [1.0], [1], 16, 8, seed=0)
+    begun = replace(batches, begin=7)
+    assert begun(1)[:, 0].tolist() == [7] * 8 and torch.equal(begun(1)[:, 1:], batches(1)[:, 1:])
 
 
 @pytest.mark.parametrize(("divergence", "rate"), [(0.01, 3e-4), (0.4, 1e-3), (3.0, 2e-3)])

@@ -102,3 +102,10 @@ def test_compare_rejects_another_vocabulary() -> None:
     with pytest.raises(ValueError) as caught:
         compare(Bigram(torch.zeros(4, 4)), Bigram(torch.zeros(4, 5)), torch.zeros(8, dtype=torch.int64), window=4)
     assert str(caught.value) == "compare: both models must have the same vocabulary; got 4 and 5 tokens."
+
+
+def test_windows_begin_with_the_token_given_and_the_same_tokens_are_predicted() -> None:
+    ids = torch.arange(100)
+    found = windows(ids, 30, None, begin=7)
+    assert found[:, 0].tolist() == [7, 7, 7] and torch.equal(found[:, 1:], windows(ids, 30, None)[:, 1:])
+    assert torch.equal(ids, torch.arange(100))

@@ -41,6 +41,13 @@ def tokenize(texts: str | Sequence[str], tokenizer: Any) -> torch.Tensor:
     return stream
 
 
+def beginning(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts before every text (BOS of Llama and Gemma), None where it puts none."""
+    ids = [] if tokenizer is None else list(tokenizer("a")["input_ids"])
+    first = ids[0] if ids else None
+    return first if first is not None and first == getattr(tokenizer, "bos_token_id", None) else None
+
+
 def compress(
     model: Any,
     calibration: torch.Tensor | str | Sequence[str],
@@ -63,7 +70,8 @@ def compress(
     if isinstance(recipe, str):
         recipe = preset(recipe)
     if not isinstance(calibration, torch.Tensor):
-        calibration = calibration_windows(tokenize(calibration, tokenizer), samples, length, options.seed)
+        begin, stream = beginning(tokenizer), tokenize(calibration, tokenizer)
+        calibration = calibration_windows(stream, samples, length, options.seed, begin)
     compressed = compress_model(model, calibration, recipe or Recipe(), options=options)
     nn.replace_linears(model, compressed.weights, dtype, compressed.low_rank)
     if dtype is not None:
@@ -92,7 +100,8 @@ def recover(
     ids = text if isinstance(text, torch.Tensor) else tokenize(text, tokenizer)
     weights = {name: layer.to_weight() for name, layer in nn.sparse_linears(model)}
     dtype = next((layer.scales.dtype for _, layer in nn.sparse_linears(model)), torch.float16)
-    found = train(model, teacher, weights, ids, recovery=replace(recovery, dtype=dtype))
+    begin = beginning(tokenizer) if recovery.begin is None else recovery.begin
+    found = train(model, teacher, weights, ids, recovery=replace(recovery, dtype=dtype, begin=begin))
     for name, weight in found.weights.items():
         old = model.get_submodule(name)
         layer = nn.SparseLinear.from_weight(weight, old.bias, dtype, old.low_rank)

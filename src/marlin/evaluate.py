@@ -2,11 +2,12 @@
 
 Owns the protocol below. Knows nothing of compression or kernels: any model whose output has `.logits` can be measured.
 
-Protocol: the token stream is cut into windows of `window` tokens without overlap and without added special tokens;
-the first `limit` whole windows count. Within a window tokens 1..window-1 are predicted from those before
-them; the first token is only context. Perplexity is exp of the mean negative log-likelihood over all predicted tokens,
-summed in float64 from float32 log-probabilities. A comparison with the dense model takes the same positions: the mean
-of KL(dense || model) in nats, and the share of positions at which both find the same token most likely.
+Protocol: the token stream is cut into windows of `window` tokens without overlap; the first `limit` whole windows
+count. Within a window tokens 1..window-1 are predicted from those before them; the first token is only context, and
+where the model's texts begin with a special token (`begin`), that stands in its place. No other special token is added.
+Perplexity is exp of the mean negative log-likelihood over all predicted tokens, summed in float64 from float32
+log-probabilities. A comparison with the dense model takes the same positions: the mean of KL(dense || model) in nats,
+and the share of positions at which both find the same token most likely.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from marlin.errors import message, require
 POSITIONS_AT_ONCE = 256
 
 
-def windows(token_ids: torch.Tensor, window: int, limit: int | None) -> torch.Tensor:
-    """The first `limit` whole windows of a token stream: int64 [any] to [W, window].
+def windows(token_ids: torch.Tensor, window: int, limit: int | None, begin: int | None = None) -> torch.Tensor:
+    """The first `limit` whole windows of a token stream: int64 [any] to [W, window], `begin` in the place of the first
+    token of each.
 
     Raises: TypeError (dtype is not int64), ValueError (not one whole window, or a bad window length).
     """
@@ -44,7 +46,8 @@ def windows(token_ids: torch.Tensor, window: int, limit: int | None) -> torch.Te
         "Use a longer text or a shorter window.",
     )
     count = count if limit is None else min(count, limit)
-    return stream[: count * window].view(count, window)
+    rows = stream[: count * window].view(count, window)
+    return rows if begin is None else torch.cat([torch.full_like(rows[:, :1], begin), rows[:, 1:]], dim=1)
 
 
 def log_likelihoods(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -93,15 +96,17 @@ def perplexity(
     *,
     window: int = 1024,
     limit: int | None = 40,
+    begin: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
     """Perplexity of model on a token stream, by the protocol of this module.
 
-    token_ids: int64, flattened. The model computes in its own dtype; the figures of this project are taken in float32.
+    token_ids: int64, flattened. begin: what `marlin.api.beginning` says of the tokenizer. The model computes in its own
+    dtype; the figures of this project are taken in float32.
     progress(done, total) is called after each window.
     Raises: ValueError (text shorter than a window, or the model gives NaN or infinity), TypeError (dtype).
     """
-    rows = windows(token_ids, window, limit)
+    rows = windows(token_ids, window, limit, begin)
     total, count = 0.0, 0
     with _inference(model):
         for index, row in enumerate(rows):
@@ -146,16 +151,17 @@ def compare(
     *,
     window: int = 1024,
     limit: int | None = 40,
+    begin: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """How far model is from dense on a token stream, by the protocol of this module.
 
-    token_ids: int64, flattened. dense: any model of the same vocabulary, on any device. progress(done, total) is called
-    after each window.
+    token_ids: int64, flattened. begin: as for `perplexity`. dense: any model of the same vocabulary, on any device.
+    progress(done, total) is called after each window.
     Raises: ValueError (text shorter than a window, vocabularies, NaN or infinity), TypeError (dtype).
     """
     op = "compare"
-    rows = windows(token_ids, window, limit)
+    rows = windows(token_ids, window, limit, begin)
     total = torch.zeros(4, dtype=torch.float64)
     with _inference(model, dense):
         for index, row in enumerate(rows):

@@ -168,11 +168,11 @@ def _budget(recipe: str, bits: float | None, max_ppl_increase: float | None) -> 
     return budget
 
 
-def _planned(job: Job, model: Any, stream: torch.Tensor) -> Recipe:
+def _planned(job: Job, model: Any, stream: torch.Tensor, begin: int | None) -> Recipe:
     """The automatic recipe; says what it is before it is used."""
     from marlin.compress import auto, calibration_windows
 
-    drawn = calibration_windows(stream, job.samples + PROBE[0], job.length, job.options.seed)
+    drawn = calibration_windows(stream, job.samples + PROBE[0], job.length, job.options.seed, begin)
     probe = drawn[job.samples :, : PROBE[1]].contiguous()
     with progress_bar(job.shown) as display:
         first, second = counter(display, "all layers to 2:4"), counter(display, "measuring what each block costs")
@@ -224,7 +224,8 @@ def _stream(job: Job) -> Compressed:
     quiet_transformers()
     assert job.recipe is not None
     tokenizer = AutoTokenizer.from_pretrained(str(job.source), local_files_only=True)
-    windows = calibration_windows(api.tokenize(job.text, tokenizer), job.samples, job.length, job.options.seed)
+    stream, begin = api.tokenize(job.text, tokenizer), api.beginning(tokenizer)
+    windows = calibration_windows(stream, job.samples, job.length, job.options.seed, begin)
     precision = Precision(_precision(job.options.first_device, job.dtype), job.dtype)
     with progress_bar(job.shown) as display:
         options = replace(job.options, progress=_shows_blocks(display, "compressing blocks out of the files"))
@@ -246,9 +247,9 @@ def _run(job: Job) -> tuple[Compressed, dict[str, Any] | None]:
     device = job.options.first_device
     precision = _precision(device, job.dtype)
     model, tokenizer = load_model(job.source, torch.device("cpu"), precision)
-    stream = api.tokenize(job.text, tokenizer)
-    recipe = _planned(job, model, stream) if job.recipe is None else job.recipe
-    windows = calibration_windows(stream, job.samples, job.length, job.options.seed)
+    stream, begin = api.tokenize(job.text, tokenizer), api.beginning(tokenizer)
+    recipe = _planned(job, model, stream, begin) if job.recipe is None else job.recipe
+    windows = calibration_windows(stream, job.samples, job.length, job.options.seed, begin)
     with progress_bar(job.shown) as display:
         options = replace(job.options, progress=_shows_blocks(display, "compressing blocks"))
         compressed = api.compress(model, windows, recipe, options=options, dtype=job.dtype)
@@ -260,7 +261,7 @@ def _run(job: Job) -> tuple[Compressed, dict[str, Any] | None]:
         recovery.warn_without_gpu(teacher, given)
 
         def work(progress: Any) -> dict[str, Any]:
-            return api.recover(model, teacher, stream, recovery=replace(given, progress=progress))
+            return api.recover(model, teacher, stream, recovery=replace(given, begin=begin, progress=progress))
 
         report = recovery.run(work, job.minutes, job.shown)
         numbers = recovery.numbers(report)

@@ -57,7 +57,7 @@ def evaluate(
     dtype: str = typer.Option("auto", "--dtype", help="auto, float16, bfloat16 or float32."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Measure perplexity on a text: windows without overlap, no special tokens.
+    """Measure perplexity on a text: windows without overlap, each begun as the tokenizer begins a text.
 
     With --against, also how far the predictions are from another model's at the same positions: KL divergence in nats a
     token, and the share of positions where both find the same token most likely. With --tasks, what the Language Model
@@ -171,12 +171,12 @@ def _measure(
     from marlin.evaluate import compare, perplexity, windows
 
     (model, dense), (window, limit) = models, windows_of
-    ids, last = api.tokenize(text, tokenizer), limit or None
+    ids, last, begin = api.tokenize(text, tokenizer), limit or None, api.beginning(tokenizer)
     count = len(windows(ids, window, last))
     with progress_bar(shown) as display:
         show = counter(display, "evaluating")
         if dense is None:
-            found = {"perplexity": perplexity(model, ids, window=window, limit=last, progress=show)}
+            found = {"perplexity": perplexity(model, ids, window=window, limit=last, begin=begin, progress=show)}
         else:
-            found = asdict(compare(model, dense, ids, window=window, limit=last, progress=show))
+            found = asdict(compare(model, dense, ids, window=window, limit=last, begin=begin, progress=show))
     return {**found, "windows": count}

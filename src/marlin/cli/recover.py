@@ -88,10 +88,10 @@ def _run(directory: Path, dense: Path, output: Path, text: str, given: Any, show
     model = api.load(directory).eval()
     teacher, tokenizer = models.load_model(dense, torch.device("cpu"), torch.float32)
     recovery.warn_without_gpu(teacher, given)
-    stream = api.tokenize(text, tokenizer)
+    stream, begin = api.tokenize(text, tokenizer), api.beginning(tokenizer)
 
     def work(progress: Any) -> dict[str, Any]:
-        return api.recover(model, teacher, stream, recovery=replace(given, progress=progress))
+        return api.recover(model, teacher, stream, recovery=replace(given, begin=begin, progress=progress))
 
     report: dict[str, Any] = recovery.run(work, given.minutes, shown)
     earlier = record.get("numbers")

@@ -1,4 +1,4 @@
-"""Which windows of a text calibrate a model. Owns the seeded choice; knows nothing of models or tokenizers."""
+"""Which windows of a text calibrate a model, and how they begin. Owns the seeded choice; knows nothing of models."""
 
 from __future__ import annotations
 
@@ -7,8 +7,23 @@ import torch
 from marlin.errors import message, require
 
 
-def calibration_windows(token_ids: torch.Tensor, samples: int = 16, length: int = 1024, seed: int = 0) -> torch.Tensor:
+def begun(rows: torch.Tensor, begin: int | None) -> torch.Tensor:
+    """Windows [W, T] with the token `begin` in the place of the first of each; as they are for None.
+
+    Why: models whose texts all begin with a special token attend to it from everywhere, and predict badly without it.
+    """
+    if begin is None:
+        return rows
+    return torch.cat([torch.full_like(rows[:, :1], begin), rows[:, 1:]], dim=1)
+
+
+def calibration_windows(
+    token_ids: torch.Tensor, samples: int = 16, length: int = 1024, seed: int = 0, begin: int | None = None
+) -> torch.Tensor:
     """Seeded choice of windows without overlap from a token stream: int64 [any] to [samples, length].
+
+    begin: the token that all texts of the model begin with, if any (`marlin.api.beginning` of the tokenizer); it takes
+    the place of the first token of each window.
 
     Raises: TypeError (dtype), ValueError (the text has fewer whole windows than asked for).
     """
@@ -26,4 +41,4 @@ def calibration_windows(token_ids: torch.Tensor, samples: int = 16, length: int 
         "Use more text, or fewer or shorter samples.",
     )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
-    return stream[: count * length].view(count, length)[order]
+    return begun(stream[: count * length].view(count, length)[order], begin)

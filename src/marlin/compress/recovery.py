@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from marlin.compress.blocks import module_device
+from marlin.compress.calibration import begun
 from marlin.compress.recovery_settings import Recovery, RecoveryEvent, RecoveryWarning
 from marlin.compress.recovery_state import RecoveryState
-from marlin.compress.sampling import sample
+from marlin.compress.sampling import FREE, sample
 from marlin.compress.texts import OP, Batches, prompts, split_held_out
 from marlin.compress.training import Run, student
 from marlin.errors import message, require
@@ -63,7 +64,7 @@ def generate_text(
 
     while total < recovery.generated_tokens and time.monotonic() - started < seconds:
         rows = min(rows, -(-(recovery.generated_tokens - total) // length))
-        beginnings = prompts(stream, vocabulary, rows, index, recovery.seed, begin)
+        beginnings = _begun_prompts(stream, vocabulary, rows, index, recovery, begin)
         seed = recovery.seed * 1_000_003 + index
         try:
             ids = sample(writer, beginnings, length, seed=seed, deadline=started + seconds, progress=tell)
@@ -79,6 +80,16 @@ def generate_text(
         del writer
         torch.cuda.empty_cache()
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+
+
+def _begun_prompts(
+    stream: torch.Tensor, vocabulary: int, rows: int, index: int, recovery: Recovery, begin: int | None
+) -> torch.Tensor:
+    """`prompts`; where all texts begin with recovery.begin, behind that, and some of them are that alone."""
+    if recovery.begin is None:
+        return prompts(stream, vocabulary, rows, index, recovery.seed, begin)
+    found = prompts(stream, vocabulary, rows, index, recovery.seed, FREE)
+    return torch.cat([torch.full_like(found[:, :1], recovery.begin), found], dim=1)
 
 
 def recover(
@@ -104,6 +115,7 @@ def recover(
     require(len(weights) > 0, OP, "the model must have compressed layers", "none", "Compress it first.")
     device = torch.device(recovery.device)
     train, held_out = split_held_out(token_ids.flatten(), recovery.length, recovery.batch // recovery.accumulate)
+    held_out = begun(held_out, recovery.begin)
     homes = module_device(model), module_device(teacher)
     state = RecoveryState.open(recovery, teacher, weights, token_ids)
     _check_memory(device, weights)
@@ -142,7 +154,7 @@ def _batches(text: torch.Tensor, generated: torch.Tensor, recovery: Recovery) ->
             warnings.warn(message(OP, "generated text must fill 4 windows", got, fix), RecoveryWarning, stacklevel=3)
     device = torch.device(recovery.device)
     streams = [stream.to(device) for stream in streams]
-    return Batches(streams, shares, strides, recovery.length, recovery.batch, recovery.seed)
+    return Batches(streams, shares, strides, recovery.length, recovery.batch, recovery.seed, recovery.begin)
 
 
 def _check_memory(device: torch.device, weights: Mapping[str, Weight]) -> None:

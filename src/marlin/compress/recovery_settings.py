@@ -52,7 +52,8 @@ class Recovery:
     generated_rows of generated_length tokens at a time, of which a batch takes windows that begin at multiples of
     length. generated_share: of the rows of a batch. temperature: of the loss. compile: "auto" (on a GPU with Triton),
     "always", "never". device, seed, autocast: as in `Options`.
-    dtype: that norms and biases are saved in; they are rounded to it at the end. validations: of a run.
+    begin: the token that all texts of the model begin with; it takes the place of the first of every window. dtype:
+    that norms and biases are saved in; they are rounded to it at the end. validations: of a run.
     resume_dir: where the state is kept every checkpoint_minutes, and taken from.
     """
 
@@ -76,6 +77,7 @@ class Recovery:
     device: str | torch.device = "cpu"
     seed: int = 0
     autocast: str = "auto"
+    begin: int | None = None
     dtype: torch.dtype = torch.float16
     resume_dir: str | Path | None = None
     checkpoint_minutes: float = 5.0

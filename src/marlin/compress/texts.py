@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from marlin.compress.calibration import begun
 from marlin.compress.sampling import FREE
 from marlin.errors import require
 
@@ -63,7 +64,7 @@ class Batches:
     """Windows of `length` tokens of several streams, each with its share of the rows.
 
     streams: int64 [any], on the device that batches are made on. shares: add up to 1. strides: windows of a stream
-    begin at random multiples of its stride.
+    begin at random multiples of its stride. begin: stands in the place of the first token of each window, if given.
     """
 
     streams: list[torch.Tensor]
@@ -72,6 +73,7 @@ class Batches:
     length: int
     rows: int
     seed: int
+    begin: int | None = None
 
     def __call__(self, step: int) -> torch.Tensor:
         """Batch number `step`: int64 [rows, length]."""
@@ -88,4 +90,4 @@ class Batches:
                     starts = starts.pin_memory().to(stream.device, non_blocking=True)
                 columns = starts.unsqueeze(1) + torch.arange(self.length, device=stream.device)
                 parts.append(stream[columns])
-        return torch.cat(parts)
+        return begun(torch.cat(parts), self.begin)
