@@ -1,8 +1,8 @@
-"""Perplexity by method on a real model: `python -m benchmarks.quality --data FOLDER`.
+"""Perplexity by method on a real model: `python -m benchmarks.quality`, or with `--name Gemma-3-270M` on another one.
 
 Owns `benchmarks/records/quality-NAME.json`: its rows and its protocol. `quality_methods` has the METHODS and TRIALS,
-`quality_models` makes the models. FOLDER is what `marlin demo` prepares: `model/` (a Hugging Face directory) and
-`text/{calibration,wiki,news}-v*.txt`; another model may stand in the place of the demo's (--name).
+`quality_models` makes the models, `quality_data` fetches the dense ones. Any other may be measured by --name and
+--data, a folder with `model/` (a Hugging Face directory) and `text/{calibration,wiki,news}-v*.txt`.
 
 Protocol: perplexity by `marlin.evaluate` in float32, windows of 1024 tokens without overlap, the first 40, without
 special tokens (where the tokenizer begins texts with one, that stands in the place of the first token); calibration on
@@ -34,8 +34,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import quality_data, records
 from benchmarks import quality_methods as methods
-from benchmarks import records
 from benchmarks.quality_models import Material, Setting, make, reloaded
 from marlin.errors import message
 
@@ -159,8 +159,10 @@ def update(path: pathlib.Path, material: Material, keys: list[str], again: bool)
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=pathlib.Path, required=True, help="folder that `marlin demo` prepared")
-    parser.add_argument("--name", default="SmolLM2-135M", help="the model's name in the table")
+    parser.add_argument("--data", type=pathlib.Path, help="folder of the model; default: fetched, by its name")
+    parser.add_argument(
+        "--name", default=quality_data.DEMO, help=f"in the table; known: {', '.join(quality_data.NAMES)}"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="record; default: benchmarks/records/quality-NAME.json")
     parser.add_argument("--work", type=pathlib.Path, help="folder for finished blocks; default: DATA/quality")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -181,10 +183,11 @@ def main(arguments: list[str] | None = None) -> int:
         unknown = sorted(set(values.split(",")) - set(known))
         if unknown:
             parser.error(message("benchmarks.quality", f"--{option} must be of {', '.join(known)}", ", ".join(unknown)))
-    work = given.work or given.data / "quality"
+    folder = given.data or quality_data.prepare(given.name)
+    work = given.work or folder / "quality"
     work.mkdir(parents=True, exist_ok=True)
     setting = Setting(
-        given.data,
+        folder,
         work,
         given.name,
         given.device,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks import cliffs, figures, presets, records, serving_tables
+from benchmarks.quality_data import DEMO
 from benchmarks.records import ROOT
 from benchmarks.rows import (
     BASELINE,
@@ -265,7 +266,8 @@ def _number(value: Any, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _quality() -> str:
+def _quality(demo: bool) -> str:
+    """Of the demo's model, or of all others."""
     header = ("model", "method", "recipe", "wiki ppl", "news ppl", "bits per weight", "s", "device", "peak GiB")
     lines = [
         [
@@ -281,6 +283,7 @@ def _quality() -> str:
         ]
         for record in records.read_all("quality")
         for row in record["rows"]
+        if (row["model"] == DEMO) == demo
     ]
     return table(header, lines) if lines else _NOTHING
 
@@ -300,7 +303,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "figures-docs": _figures("figures/"),
     "ceilings": _ceilings,
     "host": _host,
-    "quality": _quality,
+    "quality": lambda: _quality(True),
+    "quality-others": lambda: _quality(False),
 }
 
 

@@ -479,7 +479,8 @@ def test_report_quality_table_has_a_line_per_row(folder: pathlib.Path) -> None:
         "peak_memory_gib": None,
     }
     records.write(folder / "quality-demo.json", {"rows": [row]})
-    assert "| demo | sparsegpt | 2:4 INT4 | 21.46 | 30.00 | 3.25 | 61 | cpu | - |" in report.TABLES["quality"]()
+    assert "| demo | sparsegpt | 2:4 INT4 | 21.46 | 30.00 | 3.25 | 61 | cpu | - |" in report.TABLES["quality-others"]()
+    assert "| demo |" not in report.TABLES["quality"]()
 
 
 def test_report_update_then_check_agree(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
