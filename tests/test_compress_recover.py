@@ -16,6 +16,7 @@ from marlin.compress.latent import LatentLinear
 from marlin.compress.recipe import PLAIN
 from marlin.compress.sampling import FREE, one_sequence_a_row, sample
 from marlin.compress.texts import PIECES, Batches, prompts, split_held_out
+from marlin.compress.training import Run
 from marlin.errors import CheckpointError
 from marlin.formats import CompressedWeight, DenseInt4Weight
 
@@ -259,6 +260,25 @@ def test_models_make_no_mask_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> No
         model(ids, use_cache=False)
     assert masks[0] is not None and masks[1] is None
     assert import_utils.is_cuda_stream_capturing()
+
+
+def test_recovery_gives_up_its_graph_when_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, model, weights = compressed()
+    measure, calls = Run._measure, []
+    monkeypatch.setattr("marlin.compress.training.record", lambda function, *tensors: function)
+
+    def short(self: Run) -> float:
+        calls.append(self.recorded is not None)
+        if calls == [True]:
+            raise torch.cuda.OutOfMemoryError
+        return measure(self)
+
+    monkeypatch.setattr(Run, "_measure", short)
+    plain = recover(copy.deepcopy(model), dense, weights, stream(), recovery=Recovery(steps=6, **QUICK)).report
+    assert calls[:3] == [True, False, False] and not any(calls[1:]) and plain["steps"] == 6
+    calls[:] = [False]
+    graph = recover(copy.deepcopy(model), dense, weights, stream(), recovery=Recovery(steps=6, **QUICK)).report
+    assert calls[1] and graph["history"] == plain["history"]
 
 
 def test_prompts_are_pieces_of_text_and_single_tokens() -> None:

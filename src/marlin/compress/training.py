@@ -170,7 +170,16 @@ class Run:
     @torch.enable_grad()  # Why: the blocks are compiled with gradients; without, they would be compiled once more.
     def validate(self) -> float:
         """Mean divergence on the held-out windows, in nats a token."""
-        return self._measure()
+        try:
+            return self._measure()
+        except torch.cuda.OutOfMemoryError:
+            if self.recorded is None:
+                raise
+            # Why: the graph keeps the memory of a step for itself.
+            self.recorded = None
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            return self._measure()
 
     def _measure(self) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
