@@ -15,7 +15,7 @@ from marlin.compress.distill import Distance, logits_kl
 from marlin.compress.latent import LatentLinear
 from marlin.compress.recipe import PLAIN
 from marlin.compress.sampling import FREE, one_sequence_a_row, sample
-from marlin.compress.texts import PIECES, Batches, prompts, split_held_out
+from marlin.compress.texts import Batches, prompts, split_held_out
 from marlin.compress.training import Run
 from marlin.errors import CheckpointError
 from marlin.formats import CompressedWeight, DenseInt4Weight
@@ -286,30 +286,19 @@ def test_prompts_are_pieces_of_text_and_single_tokens() -> None:
     rows = prompts(text, VOCAB, 400, 0, seed=0, begin=5000)
     assert torch.equal(rows, prompts(text, VOCAB, 400, 0, seed=0, begin=5000))
     assert not torch.equal(rows, prompts(text, VOCAB, 400, 1, seed=0, begin=5000))
-    lengths = (rows != FREE).sum(1)
-    assert bool(((rows != FREE) == (torch.arange(256) < lengths.unsqueeze(1))).all())
-    assert 0.43 < float((lengths > 1).float().mean()) < 0.57
-    for length in PIECES:
-        pieces = rows[lengths == length, :length]
-        assert bool((pieces.diff(dim=1) == 1).all()) and 0.1 < len(pieces) / 400 < 0.24
-    single = rows[lengths == 1, 0]
-    assert 0.08 < int((single == 5000).sum()) / 400 < 0.17 and int(single[single != 5000].max()) < VOCAB
-
-
-def test_prompts_of_a_short_text_are_all_of_it() -> None:
-    rows = prompts(torch.arange(1000, 1020), VOCAB, 50, 0, seed=0)
-    assert rows.shape == (50, 20) and set((rows != FREE).sum(1).tolist()) == {1, 16, 20}
+    pieces, single = rows[rows[:, 1] != FREE], rows[rows[:, 1] == FREE]
+    assert bool((pieces.diff(dim=1) == 1).all()) and 0.3 < len(pieces) / 400 < 0.45
+    assert bool((single[:, 1:] == FREE).all())
+    begun = single[:, 0] == 5000
+    assert 0.08 < int(begun.sum()) / 400 < 0.17 and int(single[~begun, 0].max()) < VOCAB
 
 
 def test_batches_draw_each_stream_by_its_share_and_repeat() -> None:
-    batches = Batches([torch.arange(500), torch.arange(1000, 1500)], [0.75, 0.25], [1, 16], 16, 8, seed=0)
+    batches = Batches([torch.arange(500), torch.arange(1000, 1500)], [0.75, 0.25], 16, 8, seed=0)
     rows = torch.cat([batches(step) for step in range(50)])
     assert torch.equal(batches(7), batches(7)) and not torch.equal(batches(7), batches(8))
     assert bool((rows.diff(dim=1) == 1).all())
     assert 0.65 < float((rows[:, 0] < 500).float().mean()) < 0.85
-    text, generated = rows[rows[:, 0] < 500, 0], rows[rows[:, 0] >= 1000, 0] - 1000
-    assert len(set((text % 16).tolist())) > 8 and set((generated % 16).tolist()) == {0}
-    assert len(set(generated.tolist())) > 20
 
 
 def test_recovery_of_a_model_whose_texts_begin_with_a_token_sees_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +321,7 @@ def test_recovery_of_a_model_whose_texts_begin_with_a_token_sees_no_other(monkey
     assert seen and all(set(rows[:, 0].tolist()) == {5} for rows in seen)
     alone = prompts(stream(), VOCAB, 400, 0, seed=0, begin=FREE)
     assert 0.08 < float((alone[:, 0] == FREE).float().mean()) < 0.17
-    batches = Batches([torch.arange(500)], [1.0], [1], 16, 8, seed=0)
+    batches = Batches([torch.arange(500)], [1.0], 16, 8, seed=0)
     begun = replace(batches, begin=7)
     assert begun(1)[:, 0].tolist() == [7] * 8 and torch.equal(begun(1)[:, 1:], batches(1)[:, 1:])
 

@@ -138,23 +138,18 @@ def _generation_seconds(recovery: Recovery) -> float:
 
 
 def _batches(text: torch.Tensor, generated: torch.Tensor, recovery: Recovery) -> Batches:
-    """What is drawn from, and how often.
-
-    Why whole windows of generated text: its pieces are independent, and one that crosses from a piece to the next has
-    nothing in common with text that is as long as a window.
-    """
-    streams, shares, strides = [text], [1.0], [1]
+    """What is drawn from, and how often."""
+    streams, shares = [text], [1.0]
     if recovery.generated_share > 0 and recovery.generated_tokens > 0:
         if generated.numel() >= 4 * recovery.length:
-            streams, strides = [text, generated], [1, recovery.length]
-            shares = [1 - recovery.generated_share, recovery.generated_share]
+            streams, shares = [text, generated], [1 - recovery.generated_share, recovery.generated_share]
         else:
             got = f"{generated.numel()} generated tokens"
             fix = "Training on the calibration text alone."
             warnings.warn(message(OP, "generated text must fill 4 windows", got, fix), RecoveryWarning, stacklevel=3)
     device = torch.device(recovery.device)
     streams = [stream.to(device) for stream in streams]
-    return Batches(streams, shares, strides, recovery.length, recovery.batch, recovery.seed, recovery.begin)
+    return Batches(streams, shares, recovery.length, recovery.batch, recovery.seed, recovery.begin)
 
 
 def _check_memory(device: torch.device, weights: Mapping[str, Weight]) -> None:

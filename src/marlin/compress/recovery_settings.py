@@ -49,9 +49,8 @@ class Recovery:
     learning_rate its mean; otherwise all weights share it.
     batch, length: rows and tokens of a step, which is taken in `accumulate` parts.
     generated_tokens: how many the dense model writes at most, in at most generation_share of the minutes;
-    generated_rows of generated_length tokens at a time, of which a batch takes windows that begin at multiples of
-    length. generated_share: of the rows of a batch. temperature: of the loss. compile: "auto" (on a GPU with Triton),
-    "always", "never". device, seed, autocast: as in `Options`.
+    generated_rows of generated_length tokens at a time. generated_share: of the rows of a batch. temperature: of the
+    loss. compile: "auto" (on a GPU with Triton), "always", "never". device, seed, autocast: as in `Options`.
     begin: the token that all texts of the model begin with; it takes the place of the first of every window. dtype:
     that norms and biases are saved in; they are rounded to it at the end. validations: of a run.
     resume_dir: where the state is kept every checkpoint_minutes, and taken from.
@@ -69,8 +68,8 @@ class Recovery:
     generated_tokens: int = 32_000_000
     generation_share: float = 0.15
     generated_share: float = 0.9
-    generated_rows: int = 4096
-    generated_length: int = 1024
+    generated_rows: int = 8192
+    generated_length: int = 512
     temperature: float = 1.0
     validations: int = 16
     compile: str = "auto"

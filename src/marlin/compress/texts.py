@@ -17,8 +17,8 @@ from marlin.errors import require
 
 OP = "recover"
 HELD_OUT_SHARE, MAX_HELD_OUT_WINDOWS = 0.07, 32
-PIECES = (16, 64, 256)
-TEXT_SHARE, BEGIN_SHARE = 0.5, 0.125
+PROMPT_TOKENS = 16
+TEXT_SHARE, BEGIN_SHARE = 0.375, 0.125
 
 
 def split_held_out(stream: torch.Tensor, length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,36 +40,32 @@ def split_held_out(stream: torch.Tensor, length: int, rows: int) -> tuple[torch.
 def prompts(
     stream: torch.Tensor, vocabulary: int, rows: int, round_index: int, seed: int, begin: int | None = None
 ) -> torch.Tensor:
-    """Beginnings to continue, int64 [rows, P]: pieces of the text of several lengths, single tokens drawn evenly from
-    the vocabulary, and the token `begin`, if any, that texts of the model begin with; FREE after their end.
+    """Beginnings to continue, int64 [rows, P]: pieces of the text, single tokens drawn evenly from the vocabulary, and
+    the token `begin`, if any, that texts of the model begin with; FREE after a single token.
 
-    Why several: the first stay near the text, the longer the nearer; the others go wherever the model does.
+    Why several: the first stay near the text, the others go wherever the model does.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + round_index) % 2**63)
-    width = max(1, min(PIECES[-1], stream.numel()))
-    starts = torch.randint(0, stream.numel() - width + 1, (rows,), generator=generator)
-    found = stream.cpu()[starts.unsqueeze(1) + torch.arange(width)]
-    lengths = torch.tensor(PIECES)[torch.randint(0, len(PIECES), (rows,), generator=generator)]
-    single = torch.randint(0, vocabulary, (rows,), generator=generator)
+    starts = torch.randint(0, max(stream.numel() - PROMPT_TOKENS, 1), (rows,), generator=generator)
+    pieces = stream.cpu()[starts.unsqueeze(1) + torch.arange(PROMPT_TOKENS)]
+    single = torch.full((rows, PROMPT_TOKENS), FREE)
+    single[:, 0] = torch.randint(0, vocabulary, (rows,), generator=generator)
     kind = torch.rand(rows, generator=generator)
     if begin is not None:
-        single[kind > 1 - BEGIN_SHARE] = begin
-    alone = kind >= TEXT_SHARE
-    found[alone, 0], lengths[alone] = single[alone], 1
-    return found.masked_fill(torch.arange(width) >= lengths.unsqueeze(1), FREE)
+        single[kind > 1 - BEGIN_SHARE, 0] = begin
+    return torch.where((kind < TEXT_SHARE).unsqueeze(1), pieces, single)
 
 
 @dataclass
 class Batches:
-    """Windows of `length` tokens of several streams, each with its share of the rows.
+    """Windows of `length` tokens at random offsets of several streams, each with its share of the rows.
 
-    streams: int64 [any], on the device that batches are made on. shares: add up to 1. strides: windows of a stream
-    begin at random multiples of its stride. begin: stands in the place of the first token of each window, if given.
+    streams: int64 [any], on the device that batches are made on. shares: add up to 1. begin: stands in the place of the
+    first token of each window, if given.
     """
 
     streams: list[torch.Tensor]
     shares: list[float]
-    strides: list[int]
     length: int
     rows: int
     seed: int
@@ -83,8 +79,7 @@ class Batches:
         for index, stream in enumerate(self.streams):
             count = int((picks == index).sum())
             if count:
-                places = (stream.numel() - self.length) // self.strides[index] + 1
-                starts = torch.randint(0, places, (count,), generator=generator) * self.strides[index]
+                starts = torch.randint(0, stream.numel() - self.length + 1, (count,), generator=generator)
                 if stream.is_cuda:
                     # Why pinned: the copy is then queued, and the host runs ahead of the device.
                     starts = starts.pin_memory().to(stream.device, non_blocking=True)
