@@ -43,6 +43,7 @@ ROOMS = {
     "runtime": Room(("errors",), ("cuda",)),
     "ops": Room(("errors", "settings", "formats", "runtime"), ("torch",)),
     "nn": Room(("errors", "formats", "ops"), ("torch",)),
+    "experts": Room(("errors",), ("torch",)),
     "compat": Room(("errors", "formats", "ops"), ("torch",)),
     "_semi_structured_conversions": Room(("errors", "formats"), ("torch",)),
     "integrations": Room(("errors",)),
@@ -50,11 +51,12 @@ ROOMS = {
     "integrations.lm_eval": Room(("errors",), ("lm_eval",)),
     "integrations.peft": Room(("errors", "nn"), ("torch", "peft")),
     "integrations.transformers": Room(
-        ("errors", "formats", "nn", "ops", "integrations.peft"), ("torch", "transformers")
+        ("errors", "experts", "formats", "nn", "ops", "integrations.peft"), ("torch", "transformers")
     ),
     # The public verbs, which put rooms together.
     "api": Room(
-        ("errors", "formats", "compress", "nn", "integrations.transformers"), ("torch", "safetensors", "transformers")
+        ("errors", "experts", "formats", "compress", "nn", "integrations.transformers"),
+        ("torch", "safetensors", "transformers"),
     ),
     "convert": Room(("errors", "formats", "nn", "api"), ("torch", "safetensors")),
     "streaming": Room(("errors", "formats", "compress", "api"), ("torch", "safetensors", "transformers")),

@@ -120,6 +120,26 @@ def test_recover_of_a_loaded_model_changes_codes_but_not_masks(material: tuple[P
         api.recover(teacher, teacher, TEXT, tokenizer=_tokenizer(), recovery=given)
 
 
+def test_compress_plans_for_a_mixture_of_experts(material: tuple[Path, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MixtralConfig(**sizes, num_hidden_layers=2, vocab_size=64, num_local_experts=4, initializer_range=0.1)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    _tokenizer().save_pretrained(tmp_path / "dense")
+    result = compress(
+        (tmp_path / "dense", material[1]), tmp_path / "out", "--recipe", "auto", "--bits", "4.1", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert sum(summary["layers"].values()) == 24 and len(summary["layers"]) == 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert {layer.kind for name, layer in nn.sparse_linears(model) if ".experts." in name} <= set(summary["layers"])
+    again = json.loads(run("inspect", str(tmp_path / "out"), "--json").stdout)
+    assert len(again["layers"]) == 24
+
+
 @pytest.mark.parametrize("budget", [("--bits", "4.0"), ("--max-ppl-increase", "0.5")])
 def test_compress_plans_before_it_compresses(
     material: tuple[Path, Path], tmp_path: Path, budget: tuple[str, str]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from marlin import nn
+from marlin import experts, nn
 from marlin.compress import Compressed, Options, Recipe, Recovery, calibration_windows, compress_model, preset
 from marlin.compress import recover as train
 from marlin.errors import UnsupportedError, message, require
@@ -63,7 +63,8 @@ def compress(
 
     calibration: int64 token ids [S, T], or text (with tokenizer), of which `samples` windows of `length` tokens are
     drawn. recipe: a `Recipe`, the name of a preset, or None for all decoder linears to 2:4 INT4. dtype: of everything
-    that stays floating point, scales included (None keeps the model's).
+    that stays floating point, scales included (None keeps the model's). Fused experts of a mixture become linear layers
+    first (`marlin.experts.split`).
     Raises: ValueError, TypeError (calibration, recipe, layer shapes, dtype that cannot hold a scale).
     """
     options = options or Options()
@@ -72,7 +73,9 @@ def compress(
     if not isinstance(calibration, torch.Tensor):
         begin, stream = beginning(tokenizer), tokenize(calibration, tokenizer)
         calibration = calibration_windows(stream, samples, length, options.seed, begin)
-    compressed = compress_model(model, calibration, recipe or Recipe(), options=options)
+    recipe = recipe or Recipe()
+    experts.split(model, lambda name: recipe.layer(name).kind != "skip")
+    compressed = compress_model(model, calibration, recipe, options=options)
     nn.replace_linears(model, compressed.weights, dtype, compressed.low_rank)
     if dtype is not None:
         model.to(dtype)

@@ -8,6 +8,7 @@ tensors of one shard. Imports no transformers, but for `save_pack_quantized`.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ TARGETS = ("marlin", PACK_QUANTIZED.name)
 # Formats whose published kernels run in float16 only, whatever dtype the model was made in.
 _FLOAT16_ONLY = (published.MARLIN_24, published.GPTQ_MARLIN_24, published.MARLIN)
 _LEFT_BEHIND = (".safetensors", ".py", ".gguf", ".h5", ".msgpack", ".onnx", *published.PICKLES)
+_SPLIT_EXPERT = re.compile(r"\.experts\.\d+\.gate_up_proj$")
 _OUR_NOTES = ("README.md", "compression_report.json")  # what save_pretrained writes about our directory
 
 
@@ -85,6 +87,9 @@ def _open_ours(directory: Path) -> _Source:
     got = ", ".join(f"{name}: rank {rank}" for name, rank in list(ranks.items())[:1])
     fix = "That format has no place for it: compress without --low-rank."
     require(not ranks, f"convert {directory}", "layers must have no low-rank correction", got, fix)
+    split = [name for name in ours.layers if _SPLIT_EXPERT.search(name)]
+    fix = "Engines that read it name experts in other ways: compress with a rule that skips '*.experts.*'."
+    require(not split, f"convert {directory}", "layers must be no experts of a mixture", ", ".join(split[:1]), fix)
     parts = {name: tuple(f"{name}.{leaf}" for leaf in spec.tensor_shapes()) for name, spec in ours.layers.items()}
     config = {key: value for key, value in ours.config.items() if key not in published.CONFIG_KEYS}
     return _Source("marlin", config, ours.tensors, parts, lambda name: unpack(ours.packed(name)))

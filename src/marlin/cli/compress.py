@@ -238,7 +238,7 @@ def _run(job: Job) -> tuple[Compressed, dict[str, Any] | None]:
     """Load, plan, compress, recover and save; returns what was compressed and the report of the recovery."""
     import torch
 
-    from marlin import api
+    from marlin import api, experts
     from marlin.compress import calibration_windows
     from marlin.demo.models import load_model
 
@@ -248,6 +248,8 @@ def _run(job: Job) -> tuple[Compressed, dict[str, Any] | None]:
     precision = _precision(device, job.dtype)
     model, tokenizer = load_model(job.source, torch.device("cpu"), precision)
     stream, begin = api.tokenize(job.text, tokenizer), api.beginning(tokenizer)
+    if job.recipe is None:
+        experts.split(model)
     recipe = _planned(job, model, stream, begin) if job.recipe is None else job.recipe
     windows = calibration_windows(stream, job.samples, job.length, job.options.seed, begin)
     with progress_bar(job.shown) as display:

@@ -39,8 +39,13 @@ from marlin.formats import LowRank
 WITHOUT_DATA = {"w4a16_sp24": "magnitude", "sp24": "magnitude", "w4a16_dense": "rtn"}
 
 
+# Of its inputs' extent: with fewer tokens, what they have in common decides everything.
+FEW_TOKENS_SHARE = 0.25
+WITH_FEW = {"w4a16_sp24": "wanda", "sp24": "wanda", "w4a16_dense": "rtn"}
+
+
 class CalibrationWarning(UserWarning):
-    """A layer got no calibration tokens and was compressed by a method that needs none."""
+    """A layer was compressed by another method than asked for, or not at all: no calibration tokens, or few."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,13 @@ class BlockMaterial:
 
 @dataclass
 class _Moments:
-    """Of one shared input. hessian: mean of x x^T. drift: mean of (dense x - x) x^T, [K, K], or None. lack: mean of
-    what the block's output lacks times x^T, [N, K], of the one layer that adds to it, or None."""
+    """Of one shared input. hessian: mean of x x^T. routed: some of the block's tokens went elsewhere. drift: mean of
+    (dense x - x) x^T, [K, K], or None. lack: mean of what the block's output lacks times x^T, [N, K], of the one layer
+    that adds to it, or None."""
 
     hessian: torch.Tensor | None = None
     tokens: int = 0
+    routed: bool = False
     drift: torch.Tensor | None = None
     lack: torch.Tensor | None = None
 
@@ -109,13 +116,14 @@ def _stages(groups: list[list[str]], sequential: bool) -> list[list[list[str]]]:
     return list(stages.values())
 
 
-def _moments(sums: InputSums, lead: str, name: str) -> _Moments:
+def _moments(sums: InputSums, lead: str, name: str, total: int) -> _Moments:
+    """total: tokens that came to the block."""
     if lead not in sums.sums:
         return _Moments()
     hessian, tokens = sums.sums[lead].mean(name), sums.sums[lead].tokens
     drift = sums.cross[lead] / tokens - hessian if lead in sums.cross else None
     lack = sums.lack / tokens if sums.lack is not None and sums.tail == lead else None
-    return _Moments(hessian, tokens, drift, lack)
+    return _Moments(hessian, tokens, tokens < total, drift, lack)
 
 
 def compress_block(
@@ -128,6 +136,7 @@ def compress_block(
     layers = linear_layers(material.run.block)
     result = BlockResult({}, {}, [])
     treated = {name for name in layers if plan[names[name]].kind != "skip"}
+    total = sum(hidden.shape[0] * hidden.shape[1] for hidden in material.hidden)
     groups, unreached = shared_inputs(material.run, layers, material.hidden, material.calls) if treated else ([], [])
     tail = _tail(material, layers, groups) if material.dense is not None else None
     for stage in _stages(groups, sequential):
@@ -138,7 +147,7 @@ def compress_block(
             found = _collect(material, [tail], tail)
             sums = InputSums(sums.sums | found.sums, sums.cross | found.cross, tail, found.lack)
         for members in stage:
-            _solve_group(members, layers, names, plan, _moments(sums, members[0], names[members[0]]), result)
+            _solve_group(members, layers, names, plan, _moments(sums, members[0], names[members[0]], total), result)
         if sequential:
             solved = {name: layers[name] for members in stage for name in members}
             write_back(solved, names, result)
@@ -191,6 +200,19 @@ def _target(weight: torch.Tensor, share: float, moments: _Moments, damping: floa
     return weight + share * (wanted @ upper.T) @ upper
 
 
+def _with_the_data(recipe: LayerRecipe, moments: _Moments, k: int) -> tuple[LayerRecipe, str]:
+    """The recipe, or another where too few tokens came to an expert, and why; k: extent of its inputs."""
+    if not recipe.needs_hessian or recipe.kind == "skip":
+        return recipe, ""
+    if moments.hessian is None:
+        reached, other = "no calibration token", WITHOUT_DATA[recipe.kind]
+    elif moments.routed and moments.tokens < FEW_TOKENS_SHARE * k and recipe.method != WITH_FEW[recipe.kind]:
+        reached, other = f"only {moments.tokens} calibration tokens", WITH_FEW[recipe.kind]
+    else:
+        return recipe, ""
+    return recipe.with_method(other), f"{reached} reached it; method {other} instead of {recipe.method}"
+
+
 def _solve_stacked(
     layers: dict[str, nn.Linear],
     recipe: LayerRecipe,
@@ -208,11 +230,10 @@ def _solve_stacked(
         return
     notes = []
     first = next(iter(layers))
-    if hessian is None and recipe.needs_hessian:
-        fallback = WITHOUT_DATA[recipe.kind]
-        notes.append(f"no calibration token reached it; method {fallback} instead of {recipe.method}")
-        warnings.warn(f"compress {first}: {notes[-1]}", CalibrationWarning, stacklevel=2)
-        recipe = recipe.with_method(fallback)
+    recipe, why = _with_the_data(recipe, moments, layers[first].in_features)
+    if why:
+        notes.append(why)
+        warnings.warn(f"compress {first}: {why}", CalibrationWarning, stacklevel=2)
     weight = torch.cat([layer.weight.detach().float() for layer in layers.values()])
     require(bool(weight.isfinite().all()), f"compress {first}", "weights must be finite", "NaN or infinity")
     group_size, note = recipe.group_size_for(first, weight.shape[0], weight.shape[1])

@@ -2,8 +2,8 @@
 
 Owns the measurement (divergence from the dense model's predictions when one unit alone is 2:4 INT4) and the choice (the
 largest set of least sensitive units whose measured perplexity stays under a bound, the rest dense INT4). A unit is
-the layers of one block that share a parent module, e.g. its attention. Layer errors are not used: a small error in one
-place costs more perplexity than a large one in another.
+the layers of one block that share a parent module, e.g. its attention; all experts of a block are one. Layer errors are
+not used: a small error in one place costs more perplexity than a large one in another.
 
 It measures on text that was not used for calibration, with the weights that an all-2:4 run has already found; no
 layer is solved again. The recipe that comes out is then run by `compress_model` like any other.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -129,15 +130,20 @@ def _substituted(layers: Mapping[str, nn.Linear], weights: Mapping[str, torch.Te
             layers[name].weight.data = tensor
 
 
+def _without_number(parent: str) -> str:
+    """Of an expert, the name of all of them."""
+    return re.sub(r"\.experts\.\d+$", ".experts", parent)
+
+
 def _units(prefix: str, blocks: nn.ModuleList, weights: Mapping[str, Weight]) -> list[list[tuple[str, ...]]]:
-    """Layer names of the units of each block, those with a 2:4 weight."""
+    """Layer names of the units of each block, those with a 2:4 weight. All experts of a block are one unit."""
     found = []
     for index, block in enumerate(blocks):
         parents: dict[str, list[str]] = {}
         for name in linear_layers(block):
             full = f"{prefix}.{index}.{name}"
             if full in weights and weights[full].kind == "w4a16_sp24":
-                parents.setdefault(name.rpartition(".")[0], []).append(full)
+                parents.setdefault(_without_number(name.rpartition(".")[0]), []).append(full)
         found.append([tuple(names) for names in parents.values()])
     return found
 
@@ -169,7 +175,7 @@ def measure(
                 other = probe.log_probs(probe.run(hidden[index], index))
             divergence = float((dense.exp() * (dense - other)).sum(-1).mean())
             num_weights = sum(layers[name].weight.numel() for name in names)
-            label = names[0].rpartition(".")[0] if len(names) > 1 else names[0]
+            label = _without_number(names[0].rpartition(".")[0]) if len(names) > 1 else names[0]
             found.append(Unit(label, names, num_weights, max(divergence, 0.0)))
         if progress is not None:
             progress(index + 1, len(probe.blocks))

@@ -9,6 +9,7 @@ layouts and kernels.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from marlin.compress import graphs
-from marlin.compress.block import BlockMaterial, compress_block
+from marlin.compress.block import BlockMaterial, CalibrationWarning, compress_block
 from marlin.compress.blocks import Call, DensePass, capture_calls, decoder_blocks, linear_layers, run_recorded
 from marlin.compress.options import Options
 from marlin.compress.recipe import LayerRecipe, Recipe
@@ -56,6 +57,7 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, LayerRecipe]:
         for name, module in linear_layers(block).items()
     }
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names += [name for name, tensor in model.named_parameters() if tensor.ndim == 3]  # fused experts
     for pattern, _ in recipe.rules:
         require(
             any(fnmatchcase(name, pattern) for name in names),
@@ -69,7 +71,17 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, LayerRecipe]:
         if layer.kind != "skip":
             layer.group_size_for(name, layers[name].out_features, layers[name].in_features)
     require(any(layer.kind != "skip" for layer in plan.values()), OP, "the recipe must compress a layer", "only 'skip'")
+    _warn_of_fused(model, recipe)
     return plan
+
+
+def _warn_of_fused(model: nn.Module, recipe: Recipe) -> None:
+    """Say that experts in one tensor stay as they are, unless the recipe says so."""
+    for name, tensor in model.named_parameters():
+        if tensor.ndim == 3 and name.endswith(".gate_up_proj") and recipe.layer(name).kind != "skip":
+            fix = "marlin.experts.split(model) makes linear layers of them."
+            text = message(OP, "experts must be linear layers to be compressed", f"{name}, one tensor for all", fix)
+            warnings.warn(text, CalibrationWarning, stacklevel=3)
 
 
 class Keeper(Protocol):

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from marlin import ops
 from marlin.errors import UnsupportedError, message, require
+from marlin.experts import Experts
 from marlin.formats.layouts import TILE_K, TILE_N
 from marlin.nn import SparseLinear, sparse_linears
 
@@ -82,6 +83,11 @@ def update_plan(model: Any) -> None:
     from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
 
     packed = {replace_layer_number_by_wildcard(name) for name, _ in sparse_linears(model)}
+    whole = {
+        replace_layer_number_by_wildcard(name) for name, module in model.named_modules() if isinstance(module, Experts)
+    }
+    for name in [name for name in plan if any(f"{name}.".startswith(f"{each}.") for each in whole)]:
+        del plan[name]  # Why: their style shares out fused tensors; every rank has all of the split ones.
     plan.update({name: _PREFIX + style for name, style in plan.items() if name in packed and style in _CUTS})
 
 

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from marlin import nn
+from marlin import experts, nn
 from marlin.errors import CheckpointError, message
 from marlin.formats import checkpoint
 from marlin.formats.checkpoint import QUANT_METHOD, VERSION, LayerSpec
@@ -66,6 +66,13 @@ def _module_names(model: Any, specs: Mapping[str, LayerSpec]) -> dict[str, Layer
     if any(prefix + name in present for name in specs):
         return {prefix + name: spec for name, spec in specs.items()}
     return dict(specs)
+
+
+def _split_experts(model: Any, specs: Mapping[str, LayerSpec]) -> None:
+    """Make linear layers of the experts that were compressed as such."""
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    known = {name.removeprefix(prefix) for name in specs}
+    experts.split(model, lambda name: name.removeprefix(prefix) in known)
 
 
 def _replace_linear(model: torch.nn.Module, name: str, spec: LayerSpec, source: str) -> None:
@@ -140,6 +147,7 @@ class SparseMarlinQuantizer(HfQuantizer):
         specs = self.quantization_config.specs()
         _check_files(model, specs, kwargs.get("checkpoint_files"))
         source = getattr(model.config, "name_or_path", "") or type(model).__name__
+        _split_experts(model, specs)
         for name, spec in _module_names(model, specs).items():
             _replace_linear(model, name, spec, source)
         parallel.update_plan(model)
