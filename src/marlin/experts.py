@@ -117,7 +117,10 @@ def _differs(fused: nn.Module, built: Experts) -> bool:
     shares = torch.rand(tokens, 1, generator=generator).to(weight)
     # Why unwrapped: what stands around it chooses among implementations of the same function.
     plain: Any = getattr(type(fused).forward, "__wrapped__", type(fused).forward)
-    wanted, found = plain(fused, hidden, index, shares).float(), built(hidden, index, shares).float()
+    try:
+        wanted, found = plain(fused, hidden, index, shares).float(), built(hidden, index, shares).float()
+    except Exception:  # Why any: a module with other arguments or layouts fails in its own way, and is not this one.
+        return True
     return bool((wanted - found).abs().max() > _CLOSE * wanted.abs().max())
 
 
