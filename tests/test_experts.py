@@ -15,12 +15,12 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from marlin import api, experts  # noqa: E402
+from marlin import api  # noqa: E402
 from marlin.compress import LayerRecipe, Options, Recipe, Recovery, compress_model, sensitivity  # noqa: E402
 from marlin.compress.block import CalibrationWarning  # noqa: E402
 from marlin.compress.recipe import PLAIN  # noqa: E402
 from marlin.convert import convert  # noqa: E402
-from marlin.experts import Experts, ExpertsWarning, split  # noqa: E402
+from marlin.experts import PUBLISHED_LEAVES, Expert, Experts, ExpertsWarning, split  # noqa: E402
 from marlin.nn import sparse_linears  # noqa: E402
 
 SIZES: dict[str, Any] = {
@@ -105,6 +105,21 @@ def test_compressed_experts_survive_a_directory(name: str, tmp_path: Path) -> No
     assert ids.shape == (1, 7)
     again = AutoModelForCausalLM.from_pretrained(api.save_pretrained(loaded, tmp_path / "again"), dtype=torch.float32)
     assert torch.equal(logits(again), logits(model))
+
+
+def test_experts_named_as_in_published_checkpoints_are_loaded_and_converted(tmp_path: Path) -> None:
+    model = tiny("qwen")
+    model.set_experts_implementation("eager")
+    before = logits(model)
+    assert AT in split(model, leaves=PUBLISHED_LEAVES) and torch.allclose(logits(model), before, atol=1e-5)
+    api.compress(model, tokens(), RECIPE)
+    names = {name for name, _ in sparse_linears(model)}
+    assert f"{AT}.7.up_proj" in names and not any(name.endswith("gate_up_proj") for name in names)
+    convert(api.save_pretrained(model, tmp_path / "ours"), tmp_path / "plain", to="pack-quantized")
+    convert(tmp_path / "plain", tmp_path / "back")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
+    assert {name for name, _ in sparse_linears(loaded)} == names
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_experts_that_few_tokens_reach_get_another_method_and_a_warning() -> None:
@@ -205,7 +220,7 @@ def test_reconstruction_trains_experts() -> None:
 
 
 def test_tokens_that_go_nowhere_add_nothing() -> None:
-    pair = experts.Expert(nn.Linear(4, 6, bias=False), nn.Linear(3, 4, bias=False))
+    pair = Expert({"gate_up_proj": nn.Linear(4, 6, bias=False), "down_proj": nn.Linear(3, 4, bias=False)})
     mixture = Experts([pair], lambda both: both[:, :3] * both[:, 3:])
     hidden, index = torch.randn(3, 4), torch.tensor([[0], [1], [0]])
     out = mixture(hidden, index, torch.ones(3, 1))

@@ -1,8 +1,8 @@
 """The experts of a mixture as linear layers: what formats, compression and kernels take.
 
 transformers holds the weights of all experts of a block in two tensors, [E, 2I, H] and [E, H, I]. `split` puts
-`Experts` in the place of such a module: the same function, with an `Expert` of two linear layers for each. Owns how
-such modules are told from others; knows nothing of compression.
+`Experts` in the place of such a module: the same function, with linear layers for each: two, or three as published
+checkpoints have them. Owns how such modules are told from others; knows nothing of compression.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from marlin.errors import message, require
 
 OP = "split experts"
 LEAVES = ("gate_up_proj", "down_proj")
+PUBLISHED_LEAVES = ("gate_proj", "up_proj", "down_proj")
 # Of the largest output, between the two ways to compute it.
 _CLOSE = 2e-2
 
@@ -27,11 +28,19 @@ class ExpertsWarning(UserWarning):
 
 
 class Expert(nn.Module):
-    """Two linear layers, [2I, H] and [H, I]; what stands between them is the mixture's."""
+    """The linear layers of one expert, by the names of LEAVES or PUBLISHED_LEAVES: to 2I features and to H. What stands
+    between them is the mixture's."""
 
-    def __init__(self, gate_up_proj: nn.Linear, down_proj: nn.Linear) -> None:
+    def __init__(self, layers: dict[str, nn.Linear]) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+        self._first = tuple(layers)[:-1]
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def first(self, hidden: Tensor) -> Tensor:
+        """[T, H] to [T, 2I]."""
+        parts = [self.get_submodule(name)(hidden) for name in self._first]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -63,7 +72,7 @@ class Experts(nn.Module):
                 continue
             token, place = torch.where(top_k_index == index)
             expert: Any = self.get_submodule(str(index))
-            one = expert.down_proj(self._gate(expert.gate_up_proj(hidden_states[token])))
+            one = expert.down_proj(self._gate(expert.first(hidden_states[token])))
             out.index_add_(0, token, (one * top_k_weights[token, place, None]).to(out.dtype))
         return out
 
@@ -83,8 +92,10 @@ def _is_fused(module: nn.Module) -> bool:
     return all(leaf in own and own[leaf].ndim == 3 for leaf in LEAVES)
 
 
-def _lacks(fused: nn.Module) -> str | None:
+def _lacks(fused: nn.Module, leaves: tuple[str, ...]) -> str | None:
     """What `Experts` does not do of what this module does, or None."""
+    if leaves != LEAVES and not getattr(fused, "is_concatenated", True):
+        return "gates between the other features"
     if getattr(fused, "has_post_expert_norm", False):
         return "a norm after each expert"
     if not getattr(fused, "has_gate", True):
@@ -92,14 +103,22 @@ def _lacks(fused: nn.Module) -> str | None:
     return None if hasattr(fused, "_apply_gate") or hasattr(fused, "act_fn") else "an activation that is not named"
 
 
-def _built(fused: nn.Module) -> Experts:
+def _built(fused: nn.Module, leaves: tuple[str, ...]) -> Experts:
     own, transposed = dict(fused.named_parameters(recurse=False)), getattr(fused, "is_transposed", False)
 
-    def layer(leaf: str, index: int) -> nn.Linear:
+    def rows(leaf: str, index: int, part: slice = slice(None)) -> nn.Linear:
         weight, bias = own[leaf].data[index], own.get(f"{leaf}_bias")
-        return _linear(weight.T.contiguous() if transposed else weight, None if bias is None else bias.data[index])
+        weight = weight.T.contiguous() if transposed else weight
+        return _linear(weight[part], None if bias is None else bias.data[index][part])
 
-    experts = [Expert(*(layer(leaf, index) for leaf in LEAVES)) for index in range(own[LEAVES[0]].shape[0])]
+    def expert(index: int) -> Expert:
+        if leaves == LEAVES:
+            return Expert({leaf: rows(leaf, index) for leaf in LEAVES})
+        half = own[LEAVES[0]].shape[2 if transposed else 1] // 2
+        gate, up = (rows(LEAVES[0], index, part) for part in (slice(half), slice(half, None)))
+        return Expert(dict(zip(PUBLISHED_LEAVES, (gate, up, rows(LEAVES[1], index)), strict=True)))
+
+    experts = [expert(index) for index in range(own[LEAVES[0]].shape[0])]
     found = Experts(experts, getattr(fused, "_apply_gate", None) or _chunked(fused))
     return found.train(fused.training)
 
@@ -107,7 +126,7 @@ def _built(fused: nn.Module) -> Experts:
 @torch.no_grad()
 def _differs(fused: nn.Module, built: Experts) -> bool:
     """Whether the two compute different things of random tokens."""
-    weight: Any = built.get_submodule("0.gate_up_proj").weight
+    weight: Any = next(built.parameters())
     if weight.is_meta:
         return False
     generator = torch.Generator().manual_seed(0)
@@ -124,12 +143,14 @@ def _differs(fused: nn.Module, built: Experts) -> bool:
     return bool((wanted - found).abs().max() > _CLOSE * wanted.abs().max())
 
 
-def split(model: nn.Module, treats: Callable[[str], bool] = lambda name: True) -> list[str]:
+def split(
+    model: nn.Module, treats: Callable[[str], bool] = lambda name: True, leaves: tuple[str, ...] = LEAVES
+) -> list[str]:
     """Put `Experts` in the place of fused experts, in place; returns the names of those modules.
 
     treats: whether a linear layer of this name, such as "model.layers.0.mlp.experts.3.down_proj", is to be compressed;
-    modules none of whose layers are stay as they are. Tensors are views of the fused ones. Modules that compute
-    something else (a norm after each expert, no gate) stay, with an `ExpertsWarning`.
+    modules none of whose layers are stay as they are. leaves: LEAVES or PUBLISHED_LEAVES. Tensors are views of the
+    fused ones. Modules that compute something else (a norm after each expert, no gate) stay, with an `ExpertsWarning`.
     Raises: ValueError (a part of the layers of one module).
     """
     done = []
@@ -137,14 +158,14 @@ def split(model: nn.Module, treats: Callable[[str], bool] = lambda name: True) -
         if not _is_fused(fused):
             continue
         count = int(getattr(fused, LEAVES[0]).shape[0])
-        wanted = [treats(f"{name}.{index}.{leaf}") for index in range(count) for leaf in LEAVES]
+        wanted = [treats(f"{name}.{index}.{leaf}") for index in range(count) for leaf in leaves]
         if not any(wanted):
             continue
         fix = "Let the recipe take all of them, or none."
         require(all(wanted), OP, f"all layers of {name} must be compressed", f"{sum(wanted)} of {len(wanted)}", fix)
-        lack, built = _lacks(fused), None
+        lack, built = _lacks(fused, leaves), None
         if lack is None:
-            built = _built(fused)
+            built = _built(fused, leaves)
             lack = "another function of its tensors" if _differs(fused, built) else None
         if built is None or lack is not None:
             text = message(

@@ -7,6 +7,7 @@ nothing of how tensors are packed or multiplied. Works with transformers 5.0 and
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from marlin.formats.checkpoint import QUANT_METHOD, VERSION, LayerSpec
 from marlin.formats.safetensors_header import read_header
 from marlin.formats.weight import SCALE_DTYPES
 from marlin.integrations.transformers import parallel
+
+_PUBLISHED_EXPERT = re.compile(r"\.experts\.\d+\.gate_proj$")
 
 
 class SparseMarlinConfig(QuantizationConfigMixin):
@@ -72,7 +75,9 @@ def _split_experts(model: Any, specs: Mapping[str, LayerSpec]) -> None:
     """Make linear layers of the experts that were compressed as such."""
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     known = {name.removeprefix(prefix) for name in specs}
-    experts.split(model, lambda name: name.removeprefix(prefix) in known)
+    published = any(_PUBLISHED_EXPERT.search(name) for name in known)
+    leaves = experts.PUBLISHED_LEAVES if published else experts.LEAVES
+    experts.split(model, lambda name: name.removeprefix(prefix) in known, leaves)
 
 
 def _replace_linear(model: torch.nn.Module, name: str, spec: LayerSpec, source: str) -> None:
