@@ -79,7 +79,7 @@ def _warn_of_fused(model: nn.Module, recipe: Recipe) -> None:
     """Say that experts in one tensor stay as they are, unless the recipe says so."""
     for name, tensor in model.named_parameters():
         if tensor.ndim == 3 and name.endswith(".gate_up_proj") and recipe.layer(name).kind != "skip":
-            fix = "marlin.experts.split(model) makes linear layers of them."
+            fix = "Use marlin.compress, or --no-stream of the command: both split them (marlin.experts)."
             text = message(OP, "experts must be linear layers to be compressed", f"{name}, one tensor for all", fix)
             warnings.warn(text, CalibrationWarning, stacklevel=3)
 
