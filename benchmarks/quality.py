@@ -7,9 +7,9 @@ Owns `benchmarks/records/quality-NAME.json`: its rows and its protocol. `quality
 Protocol: perplexity by `marlin.evaluate` in float32, windows of 1024 tokens without overlap, the first 40, without
 special tokens (where the tokenizer begins texts with one, that stands in the place of the first token); calibration on
 --samples windows of 1024 tokens of other articles, seed 0, shared by all rows; group_size 64. The mixed recipe is
-chosen on 2 calibration windows of 512 tokens that no row is calibrated on. Recovered rows are
-trained on the calibration text and on text that the dense model writes, for --minutes each (compilation and writing
-included), with the settings of `TRIALS` that a run of --trial-minutes finds best on a held-out part of that text.
+chosen on 2 calibration windows of 512 tokens that no row is calibrated on. Recovered rows are trained on the
+calibration text and on text that the dense model writes, for --minutes each (compilation and writing included), with
+the settings of `TRIALS` that a run of --trial-minutes finds best on a held-out part of that text.
 
 A figure that is in the record is not measured again (--again measures the rows named anew). A row: key (of `METHODS`),
 model, method, recipe, wiki, news, bits_per_weight (of the decoder's linear layers), seconds (of compression, recovery,
@@ -37,7 +37,7 @@ import torch
 from benchmarks import quality_data, records
 from benchmarks import quality_methods as methods
 from benchmarks.quality_models import Material, Setting, make, reloaded
-from marlin.errors import message
+from marlin.errors import MarlinError, message
 
 
 def reset_peak(device: str) -> None:
@@ -183,7 +183,10 @@ def main(arguments: list[str] | None = None) -> int:
         unknown = sorted(set(values.split(",")) - set(known))
         if unknown:
             parser.error(message("benchmarks.quality", f"--{option} must be of {', '.join(known)}", ", ".join(unknown)))
-    folder = given.data or quality_data.prepare(given.name)
+    try:
+        folder = given.data or quality_data.prepare(given.name)
+    except (ValueError, MarlinError) as error:
+        parser.error(str(error))
     work = given.work or folder / "quality"
     work.mkdir(parents=True, exist_ok=True)
     setting = Setting(

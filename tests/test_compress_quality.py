@@ -153,3 +153,10 @@ def test_quality_refuses_unknown_rows(data: Path, tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit):
         run(data, tmp_path / "quality-tiny.json", "--rows", "dense,best")
     assert "benchmarks.quality: --rows must be of dense, joint, " in capsys.readouterr().err
+
+
+def test_quality_refuses_a_model_that_it_cannot_fetch(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(["--name", "unknown"])
+    need = "benchmarks.quality: --name must be of SmolLM2-135M, Gemma-3-270M; got unknown. Give the folder"
+    assert need in capsys.readouterr().err

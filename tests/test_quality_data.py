@@ -31,7 +31,7 @@ def test_the_second_model_is_joined_and_converted_once(tmp_path: Path, monkeypat
             raise OSError("disk full")
         (directory / "config.json").write_text("{}")
 
-    monkeypatch.setattr(quality_data, "convert_gguf", convert)
+    monkeypatch.setattr("marlin.demo.convert.convert_gguf", convert)
     with pytest.raises(OSError, match="disk full"):
         quality_data.prepare(quality_data.GEMMA)
     folder = quality_data.prepare(quality_data.GEMMA)

@@ -1,8 +1,8 @@
 """The experts of a mixture as linear layers: what formats, compression and kernels take.
 
 transformers holds the weights of all experts of a block in two tensors, [E, 2I, H] and [E, H, I]. `split` puts
-`Experts` in the place of such a module: the same function, with linear layers for each: two, or three as published
-checkpoints have them. Owns how such modules are told from others; knows nothing of compression.
+`Experts` in the place of such a module: the same function with linear layers for each expert, two, or three as
+published checkpoints have them. Owns how such modules are told from others; knows nothing of compression.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def split(
     """Put `Experts` in the place of fused experts, in place; returns the names of those modules.
 
     treats: whether a linear layer of this name, such as "model.layers.0.mlp.experts.3.down_proj", is to be compressed;
-    modules none of whose layers are stay as they are. leaves: LEAVES or PUBLISHED_LEAVES. Tensors are views of the
+    a module of which no layer is stays as it is. leaves: LEAVES or PUBLISHED_LEAVES. Tensors are views of the
     fused ones. Modules that compute something else (a norm after each expert, no gate) stay, with an `ExpertsWarning`.
     Raises: ValueError (a part of the layers of one module).
     """

@@ -169,9 +169,11 @@ def _budget(recipe: str, bits: float | None, max_ppl_increase: float | None) -> 
 
 
 def _planned(job: Job, model: Any, stream: torch.Tensor, begin: int | None) -> Recipe:
-    """The automatic recipe; says what it is before it is used."""
+    """The automatic recipe; says what it is before it is used. Experts of the model are split, to be planned for."""
+    from marlin import experts
     from marlin.compress import auto, calibration_windows
 
+    experts.split(model)
     drawn = calibration_windows(stream, job.samples + PROBE[0], job.length, job.options.seed, begin)
     probe = drawn[job.samples :, : PROBE[1]].contiguous()
     with progress_bar(job.shown) as display:
@@ -238,7 +240,7 @@ def _run(job: Job) -> tuple[Compressed, dict[str, Any] | None]:
     """Load, plan, compress, recover and save; returns what was compressed and the report of the recovery."""
     import torch
 
-    from marlin import api, experts
+    from marlin import api
     from marlin.compress import calibration_windows
     from marlin.demo.models import load_model
 
@@ -248,8 +250,6 @@ def _run(job: Job) -> tuple[Compressed, dict[str, Any] | None]:
     precision = _precision(device, job.dtype)
     model, tokenizer = load_model(job.source, torch.device("cpu"), precision)
     stream, begin = api.tokenize(job.text, tokenizer), api.beginning(tokenizer)
-    if job.recipe is None:
-        experts.split(model)
     recipe = _planned(job, model, stream, begin) if job.recipe is None else job.recipe
     windows = calibration_windows(stream, job.samples, job.length, job.options.seed, begin)
     with progress_bar(job.shown) as display:

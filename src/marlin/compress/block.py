@@ -39,7 +39,7 @@ from marlin.formats import LowRank
 WITHOUT_DATA = {"w4a16_sp24": "magnitude", "sp24": "magnitude", "w4a16_dense": "rtn"}
 
 
-# Of its inputs' extent: with fewer tokens, what they have in common decides everything.
+# Of the inputs' extent. Why: second moments of fewer tokens say nothing of most directions.
 FEW_TOKENS_SHARE = 0.25
 WITH_FEW = {"w4a16_sp24": "wanda", "sp24": "wanda", "w4a16_dense": "rtn"}
 

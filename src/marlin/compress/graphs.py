@@ -75,11 +75,10 @@ def record(function: Callable[..., Tensors], *tensors: torch.Tensor) -> Callable
         return None
     try:
         with torch.cuda.device(tensors[0].device):
-            found = _capture(function, tensors, {})
+            return _capture(function, tensors, {})
     except RuntimeError as error:
         _warn(error)
         return None
-    return found
 
 
 def replayed(function: Callable[..., Tensors], *tensors: torch.Tensor | None, **static: Hashable) -> Tensors:

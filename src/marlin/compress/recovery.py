@@ -22,7 +22,7 @@ from marlin.compress.blocks import module_device
 from marlin.compress.calibration import begun
 from marlin.compress.recovery_settings import Recovery, RecoveryEvent, RecoveryWarning
 from marlin.compress.recovery_state import RecoveryState
-from marlin.compress.sampling import FREE, sample
+from marlin.compress.sampling import sample
 from marlin.compress.texts import OP, Batches, prompts, split_held_out
 from marlin.compress.training import Run, student
 from marlin.errors import message, require
@@ -64,7 +64,7 @@ def generate_text(
 
     while total < recovery.generated_tokens and time.monotonic() - started < seconds:
         rows = min(rows, -(-(recovery.generated_tokens - total) // length))
-        beginnings = _begun_prompts(stream, vocabulary, rows, index, recovery, begin)
+        beginnings = prompts(stream, vocabulary, rows, index, recovery.seed, begin, recovery.begin)
         seed = recovery.seed * 1_000_003 + index
         try:
             ids = sample(writer, beginnings, length, seed=seed, deadline=started + seconds, progress=tell)
@@ -80,16 +80,6 @@ def generate_text(
         del writer
         torch.cuda.empty_cache()
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
-
-
-def _begun_prompts(
-    stream: torch.Tensor, vocabulary: int, rows: int, index: int, recovery: Recovery, begin: int | None
-) -> torch.Tensor:
-    """`prompts`; where all texts begin with recovery.begin, behind that, and some of them are that alone."""
-    if recovery.begin is None:
-        return prompts(stream, vocabulary, rows, index, recovery.seed, begin)
-    found = prompts(stream, vocabulary, rows, index, recovery.seed, FREE)
-    return torch.cat([torch.full_like(found[:, :1], recovery.begin), found], dim=1)
 
 
 def recover(

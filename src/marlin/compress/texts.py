@@ -38,11 +38,18 @@ def split_held_out(stream: torch.Tensor, length: int, rows: int) -> tuple[torch.
 
 
 def prompts(
-    stream: torch.Tensor, vocabulary: int, rows: int, round_index: int, seed: int, begin: int | None = None
+    stream: torch.Tensor,
+    vocabulary: int,
+    rows: int,
+    round_index: int,
+    seed: int,
+    begin: int | None = None,
+    always: int | None = None,
 ) -> torch.Tensor:
     """Beginnings to continue, int64 [rows, P]: pieces of the text, single tokens drawn evenly from the vocabulary, and
-    the token `begin`, if any, that texts of the model begin with; FREE after a single token.
+    the token `begin`, if any, that texts of the model may begin with; FREE after a single token.
 
+    always: the token that all texts begin with, if any: it stands before each, and alone where `begin` would stand.
     Why several: the first stay near the text, the others go wherever the model does.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + round_index) % 2**63)
@@ -51,9 +58,11 @@ def prompts(
     single = torch.full((rows, PROMPT_TOKENS), FREE)
     single[:, 0] = torch.randint(0, vocabulary, (rows,), generator=generator)
     kind = torch.rand(rows, generator=generator)
+    begin = begin if always is None else FREE
     if begin is not None:
         single[kind > 1 - BEGIN_SHARE, 0] = begin
-    return torch.where((kind < TEXT_SHARE).unsqueeze(1), pieces, single)
+    found = torch.where((kind < TEXT_SHARE).unsqueeze(1), pieces, single)
+    return found if always is None else torch.cat([torch.full_like(found[:, :1], always), found], dim=1)
 
 
 @dataclass

@@ -189,12 +189,9 @@ class Run:
                 total += self.distance(part).detach().double() * part.shape[0]
         return float(total) / self.held_out.shape[0]
 
+    @one_sequence_a_row()
     def train(self, store: RecoveryState) -> dict[str, Any]:
         """Train until the schedule ends; the model is left in its best state. Returns the report."""
-        with one_sequence_a_row():
-            return self._train(store)
-
-    def _train(self, store: RecoveryState) -> dict[str, Any]:
         try:
             self.first()
             parameters = self.trained.all()

@@ -252,11 +252,20 @@ def prepare_text(folder: Path, progress: Progress | None = None) -> tuple[str, s
     return tuple(path.read_text(encoding="utf-8") for path in (calibration_file, wiki_file, news_file))  # type: ignore[return-value]
 
 
-def prepare_model(folder: Path, progress: Progress | None = None) -> Path:
-    """folder/model, the dense model in fp16 with its tokenizer; converted on the first call. Raises: as `fetch`."""
+def _demo_gguf(folder: Path, progress: Progress | None) -> Path:
+    return fetch(MODEL, folder, progress)[0]
+
+
+def prepare_model(
+    folder: Path, progress: Progress | None = None, gguf_of: Callable[[Path, Progress | None], Path] = _demo_gguf
+) -> Path:
+    """folder/model, the dense model in fp16 with its tokenizer; converted on the first call. Raises: as `fetch`.
+
+    gguf_of: gives the file to convert, fetched into the folder that it is called with; the demo's by default.
+    """
     target = folder / "model"
     if not (target / "config.json").is_file():
-        (gguf,) = fetch(MODEL, folder / "raw", progress)
+        gguf = gguf_of(folder / "raw", progress)
         if progress:
             progress("converting the model (half a minute, once)")
         from marlin.demo.convert import convert_gguf

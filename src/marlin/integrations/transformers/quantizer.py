@@ -71,13 +71,20 @@ def _module_names(model: Any, specs: Mapping[str, LayerSpec]) -> dict[str, Layer
     return dict(specs)
 
 
-def _split_experts(model: Any, specs: Mapping[str, LayerSpec]) -> None:
-    """Make linear layers of the experts that were compressed as such."""
+def _split_experts(model: Any, specs: Mapping[str, LayerSpec], source: str) -> None:
+    """Make linear layers of the experts that were compressed as such. Raises: CheckpointError (only some of them)."""
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     known = {name.removeprefix(prefix) for name in specs}
     published = any(_PUBLISHED_EXPERT.search(name) for name in known)
     leaves = experts.PUBLISHED_LEAVES if published else experts.LEAVES
-    experts.split(model, lambda name: name.removeprefix(prefix) in known, leaves)
+    try:
+        experts.split(model, lambda name: name.removeprefix(prefix) in known, leaves)
+    except ValueError as error:
+        fix = "config.json was altered: copy or download it again."
+        need = "quantization_config must name all layers of a mixture's experts, or none"
+        raise CheckpointError(
+            message(f"load {source}", need, str(error).partition("; got ")[2].split(". ")[0], fix)
+        ) from error
 
 
 def _replace_linear(model: torch.nn.Module, name: str, spec: LayerSpec, source: str) -> None:
@@ -152,7 +159,7 @@ class SparseMarlinQuantizer(HfQuantizer):
         specs = self.quantization_config.specs()
         _check_files(model, specs, kwargs.get("checkpoint_files"))
         source = getattr(model.config, "name_or_path", "") or type(model).__name__
-        _split_experts(model, specs)
+        _split_experts(model, specs, source)
         for name, spec in _module_names(model, specs).items():
             _replace_linear(model, name, spec, source)
         parallel.update_plan(model)
