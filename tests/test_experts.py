@@ -157,7 +157,7 @@ def test_a_description_of_some_layers_of_experts_is_refused(tmp_path: Path) -> N
     text = json.loads(config.read_text())
     del text["quantization_config"]["layers"][f"{AT}.2.down_proj"]
     config.write_text(json.dumps(text))
-    need = r"quantization_config must name all layers of a mixture's experts, or none; got 7 of 8\. config\.json was"
+    need = r"must name all layers of a mixture's experts, or none; got some of them\. config\.json was"
     with pytest.raises(CheckpointError, match=need):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 

@@ -1,9 +1,9 @@
 """Sampling text from a causal language model, many rows at once: what the dense model writes for recovery.
 
-Owns what transformers' models are told of rows, drawing tokens, and a cache of keys and values for it: one buffer a layer, written in place, whose query heads are
-taken together with the key head that they share. Rows by the thousand keep a GPU busy although every step is launched
-from Python. Models that do not look their attention up in transformers' registry are run with their own cache. Knows
-nothing of what the text is for.
+Owns what transformers' models are told of rows, drawing tokens, and a cache of keys and values for it: one buffer a
+layer, written in place, whose query heads are taken together with the key head that they share. Rows by the thousand
+keep a GPU busy although every step is launched from Python. Models that do not look their attention up in transformers'
+registry are run with their own cache. Knows nothing of what the text is for.
 """
 
 from __future__ import annotations
