@@ -59,7 +59,10 @@ ROOMS = {
         ("torch", "safetensors", "transformers"),
     ),
     "convert": Room(("errors", "formats", "nn", "api"), ("torch", "safetensors")),
-    "streaming": Room(("errors", "formats", "compress", "api"), ("torch", "safetensors", "transformers")),
+    "shards": Room(("errors", "formats"), ("torch", "safetensors")),
+    "streaming": Room(
+        ("errors", "experts", "formats", "shards", "compress", "api"), ("torch", "safetensors", "transformers")
+    ),
     "testing": Room(("errors", "formats"), ("torch", "numpy"), except_ours=("formats.layouts",)),
     "cli": Room(ANY, ("torch", "transformers", "typer", "rich", "benchmarks")),
     "demo": Room(ANY, ("torch", "transformers", "rich")),

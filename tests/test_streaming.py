@@ -14,6 +14,7 @@ from marlin import api, streaming
 from marlin.compress import LayerRecipe, Options, Recipe, compress_model
 from marlin.errors import CheckpointError
 from marlin.formats.checkpoint import open_directory
+from marlin.shards import Shards
 from tests.test_cli import TEXT, _tokenizer, error_of, run
 from tests.test_compress_recover import stream
 
@@ -159,7 +160,7 @@ def test_stream_refuses_files_whose_tensors_have_other_names(dense: Path, tmp_pa
     with pytest.raises(CheckpointError) as caught:
         streaming.compress_directory(tmp_path, tmp_path / "out", IDS, RECIPE, precision=PRECISION)
     assert str(caught.value) == (
-        f"stream {tmp_path}: the files must have a tensor for each parameter; got none named "
+        f"stream {tmp_path}: the files must have a tensor for each parameter and buffer; got none named "
         "'model.layers.1.mlp.up_proj.weight'. The model's class renames tensors on loading: compress it without "
         "--stream."
     )
@@ -197,10 +198,10 @@ def test_compress_stream_writes_what_compress_writes(dense: Path, tmp_path: Path
 
 
 def test_compress_model_with_a_keeper_returns_the_report_alone(dense: Path, tmp_path: Path) -> None:
-    shards = streaming.Shards.open(dense)
+    shards = Shards.open(dense)
     model = streaming.skeleton(dense, torch.float32)
     assert all(parameter.is_meta for parameter in model.parameters())
-    shards.fill(model.model, "model", torch.float32, without="model.layers")
+    shards.fill(model.model, "model", torch.float32, without=("model.layers",))
     files = streaming.Files(shards, tmp_path, torch.float32, torch.float16, 4)
     done = compress_model(model, IDS, RECIPE, options=Options(autocast="none"), keeper=files)
     assert not done.weights and not done.low_rank and len(files.specs) == 20

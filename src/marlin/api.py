@@ -65,9 +65,14 @@ def compress(
     drawn. recipe: a `Recipe`, the name of a preset, or None for all decoder linears to 2:4 INT4. dtype: of everything
     that stays floating point, scales included (None keeps the model's). Fused experts of a mixture become linear layers
     first (`marlin.experts.split`).
-    Raises: ValueError, TypeError (calibration, recipe, layer shapes, dtype that cannot hold a scale).
+    Raises: ValueError, TypeError (calibration, recipe, layer shapes, dtype that cannot hold a scale, a model that is
+    compressed already).
     """
     options = options or Options()
+    found = next(nn.sparse_linears(model), None)
+    if found is not None:
+        fix = "Compress the model that it was made of."
+        raise ValueError(message("compress", "the model must be dense", f"compressed layer {found[0]}", fix))
     if isinstance(recipe, str):
         recipe = preset(recipe)
     if not isinstance(calibration, torch.Tensor):

@@ -92,6 +92,11 @@ def _is_fused(module: nn.Module) -> bool:
     return all(leaf in own and own[leaf].ndim == 3 for leaf in LEAVES)
 
 
+def fused(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that hold the weights of several experts in one tensor, by name."""
+    return [(name, module) for name, module in model.named_modules() if _is_fused(module)]
+
+
 def _lacks(fused: nn.Module, leaves: tuple[str, ...]) -> str | None:
     """What `Experts` does not do of what this module does, or None."""
     if leaves != LEAVES and not getattr(fused, "is_concatenated", True):
@@ -154,27 +159,25 @@ def split(
     Raises: ValueError (a part of the layers of one module).
     """
     done = []
-    for name, fused in list(model.named_modules()):
-        if not _is_fused(fused):
-            continue
-        count = int(getattr(fused, LEAVES[0]).shape[0])
+    for name, module in fused(model):
+        count = int(getattr(module, LEAVES[0]).shape[0])
         wanted = [treats(f"{name}.{index}.{leaf}") for index in range(count) for leaf in leaves]
         if not any(wanted):
             continue
         fix = "Let the recipe take all of them, or none."
         require(all(wanted), OP, f"all layers of {name} must be compressed", f"{sum(wanted)} of {len(wanted)}", fix)
-        lack, built = _lacks(fused, leaves), None
+        lack, built = _lacks(module, leaves), None
         if lack is None:
-            built = _built(fused, leaves)
-            lack = "another function of its tensors" if _differs(fused, built) else None
+            built = _built(module, leaves)
+            lack = "another function of its tensors" if _differs(module, built) else None
         if built is None or lack is not None:
             text = message(
                 OP, f"{name} must compute gated experts and nothing else", f"{lack}", "They stay as they are."
             )
             warnings.warn(text, ExpertsWarning, stacklevel=2)
             continue
-        for leaf in list(dict(fused.named_parameters(recurse=False))):
-            delattr(fused, leaf)
+        for leaf in list(dict(module.named_parameters(recurse=False))):
+            delattr(module, leaf)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, built)
         done.append(name)

@@ -8,30 +8,29 @@ block is compressed belongs to `marlin.compress`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import copy
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from marlin import api
+from marlin import api, experts
 from marlin.compress import Compressed, Options, Recipe, compress_model
-from marlin.errors import CheckpointError, message
+from marlin.errors import CheckpointError, UnsupportedError, message
 from marlin.formats import checkpoint
 from marlin.formats.atomic import check_replaceable, replace_directory
 from marlin.formats.checkpoint import CONFIG_FILE, INDEX_FILE, LayerSpec
 from marlin.formats.layouts import pack
-from marlin.formats.safetensors_header import TensorEntry
+from marlin.shards import Shards
 
 OP = "stream"
-ROWS_READ = 4
 _GENERATION = "generation_config.json"
 
 
@@ -83,59 +82,11 @@ def is_worth_it(directory: Path) -> bool:
 
 
 @dataclass
-class Shards:
-    """Tensors of a directory, read one by one."""
-
-    directory: Path
-    tensors: Mapping[str, TensorEntry]
-
-    @classmethod
-    def open(cls, directory: Path) -> Shards:
-        """The directory's tensors, headers checked. Raises: CheckpointError."""
-        return cls(directory, checkpoint.read_headers(directory))
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU. Raises: CheckpointError (there is none of this name)."""
-        if name not in self.tensors:
-            fix = "The model's class renames tensors on loading: compress it without --stream."
-            requirement = "the files must have a tensor for each parameter"
-            raise CheckpointError(message(f"{OP} {self.directory}", requirement, f"none named {name!r}", fix))
-        with safe_open(self.tensors[name].file, framework="pt", device="cpu") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
-
-    def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype, without: str | None = None) -> None:
-        """Give the module's parameters and persistent buffers their values, cast to dtype; nothing below `without`."""
-        for name, part in module.named_modules():
-            path = ".".join(each for each in (prefix, name) if each)
-            if without is not None and f"{path}.".startswith(f"{without}."):
-                continue
-            for leaf, parameter in part._parameters.items():
-                if parameter is not None:
-                    value = self.read(f"{path}.{leaf}").to(dtype)
-                    part._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-            for leaf in part._buffers:
-                if f"{path}.{leaf}" in self.tensors and leaf not in part._non_persistent_buffers_set:
-                    part._buffers[leaf] = self.read(f"{path}.{leaf}")
-
-    def identity(self) -> str:
-        """A hash of names, shapes, dtypes and the first rows of every tensor."""
-        digest = hashlib.sha256()
-        for name, entry in sorted(self.tensors.items()):
-            digest.update(f"{name} {entry.shape} {entry.dtype}".encode())
-            if not entry.shape or 0 in entry.shape:
-                continue
-            with safe_open(entry.file, framework="pt", device="cpu") as file:
-                rows = file.get_slice(name)[: ROWS_READ if len(entry.shape) > 1 else None]
-            digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-
-@dataclass
 class Files:
     """A model's blocks between its files and those of the result; `Keeper` of `marlin.compress`.
 
-    precision: of the blocks while they are compressed; dtype: of all that stays floating point.
+    precision: of the blocks while they are compressed; dtype: of all that stays floating point. fused: the modules
+    without values that experts had before they were split, by name.
     """
 
     source: Shards
@@ -143,6 +94,7 @@ class Files:
     precision: torch.dtype
     dtype: torch.dtype
     shards: int
+    fused: Mapping[str, nn.Module] = field(default_factory=dict)
     specs: dict[str, LayerSpec] = field(default_factory=dict)
     weight_map: dict[str, str] = field(default_factory=dict)
     total_bytes: int = 0
@@ -152,7 +104,24 @@ class Files:
         return self.source.identity()
 
     def open(self, name: str, block: nn.Module) -> None:
-        self.source.fill(block, name, self.precision)
+        ours = {path: module for path, module in self.fused.items() if path.startswith(f"{name}.")}
+        self.source.fill(block, name, self.precision, without=tuple(ours))
+        for path, module in ours.items():
+            parent, _, leaf = path.removeprefix(f"{name}.").rpartition(".")
+            setattr(block.get_submodule(parent), leaf, self._split(path, copy.deepcopy(module)))
+
+    def _split(self, path: str, fused: nn.Module) -> nn.Module:
+        """The experts of this name with their values. Raises: UnsupportedError (they compute something else)."""
+        self.source.fill(fused, path, self.precision)
+        holder = nn.ModuleDict({"experts": fused})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", experts.ExpertsWarning)
+            done = experts.split(holder)
+        if not done:
+            fix = "Skip them with a rule for '*.experts.*'."
+            need = f"{path} must compute gated experts and nothing else"
+            raise UnsupportedError(message(OP, need, "another function of its tensors", fix))
+        return holder["experts"]
 
     def close(self, name: str, block: nn.Module, result: Any) -> None:
         tensors: dict[str, torch.Tensor] = {}
@@ -229,8 +198,9 @@ def compress_directory(
 
     Holds the embedding and one block, beside the calibration's hidden states. calibration: int64 token ids [samples,
     tokens]. What is finished is kept under options.resume_dir.
+    Experts that lie in one tensor become linear layers, as in `marlin.compress`.
     Raises: as `marlin.compress` and `marlin.save_pretrained`; CheckpointError (tensors that have other names than the
-    model's parameters).
+    model's parameters), UnsupportedError (experts that are not gated linear layers).
     """
     from marlin.compress.blocks import decoder_blocks
 
@@ -240,10 +210,13 @@ def compress_directory(
     prefix, blocks = decoder_blocks(model)
     base = getattr(model, "base_model", model)
     whole = next(name for name, module in model.named_modules() if module is base)
-    shards.fill(base, whole, precision.compute, without=prefix)
+    shards.fill(base, whole, precision.compute, without=(prefix,))
     others = _others(model, prefix, shards)
+    fused = {name: copy.deepcopy(module) for name, module in experts.fused(model)}
+    split = experts.split(model, lambda name: recipe.layer(name).kind != "skip")
     with replace_directory(target, overwrite=overwrite, is_ours=checkpoint.is_directory_of_ours) as temporary:
-        files = Files(shards, temporary, precision.compute, precision.saved, len(blocks) + 1)
+        ours = {name: fused[name] for name in split}
+        files = Files(shards, temporary, precision.compute, precision.saved, len(blocks) + 1, ours)
         compressed = compress_model(model, calibration, recipe, options=options, keeper=files)
         files.copy(others)
         files.finish(model.config)

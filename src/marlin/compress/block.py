@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +42,10 @@ WITHOUT_DATA = {"w4a16_sp24": "magnitude", "sp24": "magnitude", "w4a16_dense": "
 # Of the inputs' extent. Why: second moments of fewer tokens say nothing of most directions.
 FEW_TOKENS_SHARE = 0.25
 WITH_FEW = {"w4a16_sp24": "wanda", "sp24": "wanda", "w4a16_dense": "rtn"}
+
+
+# Of second moments that are held at the same time. Why: the inputs of all experts of a large block take 50 GB.
+SUMS_BYTES = 8 * 2**30
 
 
 class CalibrationWarning(UserWarning):
@@ -116,6 +120,32 @@ def _stages(groups: list[list[str]], sequential: bool) -> list[list[list[str]]]:
     return list(stages.values())
 
 
+def _portions(stage: list[list[str]], layers: dict[str, nn.Linear], matrices: int) -> Iterator[list[list[str]]]:
+    """Groups whose sums, so many [K, K] each, are held at the same time: a group, or as many as SUMS_BYTES takes."""
+    portion: list[list[str]] = []
+    held = 0
+    for members in stage:
+        size = 4 * matrices * layers[members[0]].in_features ** 2
+        if portion and held + size > SUMS_BYTES:
+            yield portion
+            portion, held = [], 0
+        portion.append(members)
+        held += size
+    if portion:
+        yield portion
+
+
+def _sums(material: BlockMaterial, portion: list[list[str]], treated: set[str], tail: str | None) -> InputSums:
+    """Sums over the inputs of these groups; empty where none of their layers is treated."""
+    watched = [members[0] for members in portion if treated.intersection(members)]
+    others = [name for name in watched if name != tail]
+    sums = _collect(material, others) if others else InputSums()
+    if tail is None or tail not in watched:
+        return sums
+    found = _collect(material, [tail], tail)
+    return InputSums(sums.sums | found.sums, sums.cross | found.cross, tail, found.lack)
+
+
 def _moments(sums: InputSums, lead: str, name: str, total: int) -> _Moments:
     """total: tokens that came to the block."""
     if lead not in sums.sums:
@@ -140,14 +170,10 @@ def compress_block(
     groups, unreached = shared_inputs(material.run, layers, material.hidden, material.calls) if treated else ([], [])
     tail = _tail(material, layers, groups) if material.dense is not None else None
     for stage in _stages(groups, sequential):
-        watched = {members[0]: layers[members[0]] for members in stage if treated.intersection(members)}
-        last = watched.pop(tail, None) if tail is not None else None
-        sums = _collect(material, watched) if watched else InputSums()
-        if tail is not None and last is not None:
-            found = _collect(material, [tail], tail)
-            sums = InputSums(sums.sums | found.sums, sums.cross | found.cross, tail, found.lack)
-        for members in stage:
-            _solve_group(members, layers, names, plan, _moments(sums, members[0], names[members[0]], total), result)
+        for portion in _portions(stage, layers, 1 if material.dense is None else 2):
+            sums = _sums(material, portion, treated, tail)
+            for members in portion:
+                _solve_group(members, layers, names, plan, _moments(sums, members[0], names[members[0]], total), result)
         if sequential:
             solved = {name: layers[name] for members in stage for name in members}
             write_back(solved, names, result)

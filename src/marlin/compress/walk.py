@@ -31,6 +31,7 @@ from marlin.errors import message, require
 
 OP = "compress_model"
 MAX_WAITING_SHARE = 0.05
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _check_calibration(calibration: torch.Tensor) -> None:
@@ -48,7 +49,7 @@ def _check_calibration(calibration: torch.Tensor) -> None:
 def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, LayerRecipe]:
     """Recipe of every linear layer inside the decoder blocks, checked before any work: module name -> LayerRecipe.
 
-    Raises: ValueError (a shape that no format takes, a rule that names no layer, nothing left to compress).
+    Raises: ValueError (a shape or dtype that is not taken, a rule that names no layer, nothing left to compress).
     """
     prefix, blocks = decoder_blocks(model)
     layers = {
@@ -69,6 +70,9 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, LayerRecipe]:
     plan = {name: recipe.layer(name) for name in layers}
     for name, layer in plan.items():
         if layer.kind != "skip":
+            got = f"{name} in {layers[name].weight.dtype}"
+            fix = "Load the model in 16 bits, not quantized."
+            require(layers[name].weight.dtype in FLOATS, OP, "weights must have 16 or 32 bits", got, fix)
             layer.group_size_for(name, layers[name].out_features, layers[name].in_features)
     require(any(layer.kind != "skip" for layer in plan.values()), OP, "the recipe must compress a layer", "only 'skip'")
     _warn_of_fused(model, recipe)
@@ -79,7 +83,7 @@ def _warn_of_fused(model: nn.Module, recipe: Recipe) -> None:
     """Say that experts in one tensor stay as they are, unless the recipe says so."""
     for name, tensor in model.named_parameters():
         if tensor.ndim == 3 and name.endswith(".gate_up_proj") and recipe.layer(name).kind != "skip":
-            fix = "Use marlin.compress, or --no-stream of the command: both split them (marlin.experts)."
+            fix = "marlin.compress and the command split those that they can (marlin.experts.split)."
             text = message(OP, "experts must be linear layers to be compressed", f"{name}, one tensor for all", fix)
             warnings.warn(text, CalibrationWarning, stacklevel=3)
 
