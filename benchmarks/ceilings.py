@@ -57,12 +57,12 @@ def copy_bytes_per_s(size: int) -> float:
 
 def read_bytes_per_s(size: int) -> float:
     """A kernel that only reads. Raises: UnsupportedError (no run-time compiler)."""
-    from marlin.runtime import cache, compiler, driver
+    from marlin.runtime import cache, compiler, driver, loaded
 
     index = torch.cuda.current_device()
     info = driver.device_info(index)
     cubin = cache.get_cubin(_READ_KERNEL, name="read_words", arch=compiler.arch_for(info.arch))
-    kernel = driver.load_kernel(cubin, "read_words", device_index=index, smem_bytes=0, signature="PlP")
+    kernel = loaded.load_kernel(cubin, "read_words", device_index=index, smem_bytes=0, signature="PlP")
     words = torch.randint(-(2**31), 2**31, (size // 4,), dtype=torch.int32, device="cuda")
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
     stream = torch.cuda.current_stream().cuda_stream

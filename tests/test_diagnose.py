@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from marlin.errors import LaunchError, UnsupportedError
-from marlin.runtime import cache, compiler, diagnose, driver
+from marlin.runtime import cache, compiler, diagnose, driver, loaded
 
 H100 = driver.DeviceInfo(0, "NVIDIA H100 80GB HBM3", (9, 0), 132, 232448, 52428800, 1980000, 3.35e12)
 
@@ -33,7 +33,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(driver, "driver_version", lambda: version)
         monkeypatch.setattr(driver, "device_count", lambda: len(devices))
         monkeypatch.setattr(driver, "device_info", lambda index: devices[index])
-        monkeypatch.setattr(driver, "load_kernel", lambda *args, **kwargs: FakeKernel())
+        monkeypatch.setattr(loaded, "load_kernel", lambda *args, **kwargs: FakeKernel())
         monkeypatch.setattr(driver, "synchronize", lambda index: None)
         monkeypatch.setattr(diagnose, "cuda_of_torch", lambda: "13.0" if devices else None)
 

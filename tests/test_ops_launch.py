@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -44,7 +45,7 @@ class FakeRuntime:
         self.launches: list[dict[str, Any]] = []
         self.slabs: list[tuple[Any, int, int]] = []  # with address and stream
         self.max_slab_bytes = 0  # expands when positive
-        self.plans = 0
+        self.plans = self.packed = 0
 
     def plan(self, problem: Any, device_index: int) -> FakePlan:
         self.plans += 1
@@ -71,8 +72,19 @@ class FakeRuntime:
         read(at["out"], (p.m, p.n), (p.n, 1), dtype).copy_(ops.cpu.linear(act, self.weight(p, at), bias))
         if plan.num_tickets:
             assert not read(at["tickets"], (plan.num_tickets,), (1,), torch.int32).any()
-        if plan.workspace_bytes:
+        if plan.workspace_bytes and at["workspace"]:
             read(at["workspace"], (plan.workspace_bytes // 4,), (1,), torch.float32).fill_(torch.nan)
+
+    def freeze(self, plan: FakePlan, *, weight: tuple[int, int, int], **at: Any) -> Callable[[], bool]:
+        assert not plan.num_tickets and plan.expansion is None
+        at |= dict(zip(("codes", "meta", "scales"), weight, strict=True))
+        self.packed += 1
+
+        def again() -> bool:
+            self.launch(plan, workspace=0, tickets=0, **at)
+            return True
+
+        return again
 
     def weight(self, p: Any, at: dict[str, int]) -> PackedWeight:
         dtype = getattr(torch, p.dtype)
@@ -96,11 +108,12 @@ class FakeRuntime:
         )
 
 
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
-    stand_in = FakeRuntime()
+@pytest.fixture(params=[7, 0], ids=["tickets", "no-tickets"])
+def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    stand_in = FakeRuntime(num_tickets=request.param)
     monkeypatch.setattr(runtime, "plan", stand_in.plan)
     monkeypatch.setattr(runtime, "launch", stand_in.launch)
+    monkeypatch.setattr(runtime, "freeze", stand_in.freeze)
     monkeypatch.setattr(runtime, "expand", stand_in.expand)
     monkeypatch.setattr(cuda, "_raw_stream", lambda index: 5)
     monkeypatch.setattr(cuda, "_capture_id", lambda stream: 0)
@@ -196,6 +209,46 @@ def test_later_calls_of_a_weight_check_nothing_again(fake, monkeypatch):
     run(packed, acts[0])
     monkeypatch.setattr(cuda, "_remember", None)
     assert torch.equal(run(packed, acts[1]), ops.linear(acts[1], packed))
+
+
+def test_launches_that_come_again_are_packed_once(fake, monkeypatch):
+    packed, acts = make(), [torch.randn(5, 96).half() for _ in range(2)]
+    out, stream = torch.empty(5, 72).half(), [5]
+    monkeypatch.setattr(cuda, "_empty", lambda *_: out.fill_(torch.nan))
+    monkeypatch.setattr(cuda, "_raw_stream", lambda index: stream[0])
+    for turn in range(5):
+        for act in acts:
+            act.normal_()
+            assert torch.equal(run(packed, act), ops.linear(act, packed))
+        assert fake.packed == (0 if fake.num_tickets or turn == 0 else 2)
+    assert len(fake.launches) == 10 and len({str(launch) for launch in fake.launches[-4:]}) == 2
+    stream[0] = 6
+    run(packed, acts[0])
+    assert fake.launches[-1]["stream"] == 6
+    bias = torch.randn(72).half()
+    for _ in range(3):
+        assert torch.equal(run(packed, acts[0], bias.normal_()), ops.linear(acts[0], packed, bias))
+
+
+def test_a_packed_launch_that_does_not_go_is_launched_as_the_first(fake, monkeypatch):
+    packed, act = make(), torch.randn(5, 96).half()
+    out, tried = torch.empty(5, 72).half(), []
+    monkeypatch.setattr(cuda, "_empty", lambda *_: out)
+    monkeypatch.setattr(runtime, "freeze", lambda plan, **at: lambda: tried.append(at) is not None)
+    for turn in range(4):
+        assert torch.equal(run(packed, act.normal_()), ops.linear(act, packed))
+        assert len(fake.launches) == turn + 1
+    assert len(tried) == (0 if fake.num_tickets else 2)
+
+
+def test_few_packed_launches_are_kept(fake, monkeypatch):
+    packed, out = make(), torch.empty(1, 72).half()
+    monkeypatch.setattr(cuda, "_empty", lambda *_: out)
+    acts = torch.randn(cuda._MAX_PACKED + 3, 1, 96).half()
+    for act in [*acts, *acts]:
+        assert torch.equal(run(packed, act), ops.linear(act, packed))
+    (weight,) = cuda._weights.values()
+    assert len(weight.again) <= cuda._MAX_PACKED
 
 
 def test_remembered_signatures_do_not_excuse_other_tensors(fake):
@@ -325,7 +378,7 @@ class TestSplitKMemory:
         for thread in threads:
             thread.join()
         assert all(torch.equal(results[i], ops.linear(acts[i], packed)) for i in range(8))
-        assert len(scratch._of_stream) == 1
+        assert len(scratch._of_stream) == (fake.num_tickets > 0)
 
     def test_plans_without_split_k_get_none(self, fake):
         fake.num_tickets = fake.workspace_bytes = 0

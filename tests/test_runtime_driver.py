@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import struct
 import threading
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from marlin.errors import LaunchError, UnsupportedError
-from marlin.runtime import compiler, driver
+from marlin.runtime import compiler, driver, loaded
 
 I, P = ctypes.c_int, ctypes.c_void_p  # noqa: E741
 OURS, OTHER = 0x1000, 0x2000  # contexts
@@ -164,7 +165,7 @@ class FakeCuda:
 
 
 def forget() -> None:
-    for function in (driver._open, driver.libcuda, driver.device_info, driver._primary_context):
+    for function in (driver._open, driver.libcuda, driver.device_info, driver.primary_context):
         function.cache_clear()
     driver._thread = threading.local()
 
@@ -189,8 +190,8 @@ def no_driver(monkeypatch):
     forget()
 
 
-def load(signature: str = "", smem_bytes: int = 0, device_index: int = 0, cubin: bytes = b"image") -> driver.Kernel:
-    return driver.load_kernel(cubin, "entry", device_index=device_index, smem_bytes=smem_bytes, signature=signature)
+def load(signature: str = "", smem_bytes: int = 0, device_index: int = 0, cubin: bytes = b"image") -> loaded.Kernel:
+    return loaded.load_kernel(cubin, "entry", device_index=device_index, smem_bytes=smem_bytes, signature=signature)
 
 
 # Devices
@@ -287,7 +288,7 @@ def test_constants_agree_with_the_bindings():
         driver._CAPABILITY_MAJOR: attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
         driver._CAPABILITY_MINOR: attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
         driver._SMEM_OPTIN_BYTES: attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-        driver._MAX_DYNAMIC_SMEM: bindings.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        loaded._MAX_DYNAMIC_SMEM: bindings.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
         driver._CAPTURE_MODE_RELAXED: bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED,
         driver._CAPTURE_ACTIVE: bindings.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE,
         6: bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -301,7 +302,7 @@ def test_constants_agree_with_the_bindings():
         "CUDA_ERROR_NO_DEVICE",
         "CUDA_ERROR_NOT_INITIALIZED",
     ]
-    assert {result(code).name.removeprefix("CUDA_ERROR_") for code in driver._IMAGE_ERRORS} == {
+    assert {result(code).name.removeprefix("CUDA_ERROR_") for code in loaded._IMAGE_ERRORS} == {
         "INVALID_IMAGE",
         "NO_BINARY_FOR_GPU",
         "INVALID_PTX",
@@ -366,7 +367,7 @@ def test_load_kernel_names_the_gpu_when_the_code_is_for_another(cuda):
 
 def test_toolkit_version_is_in_what_the_compiler_makes():
     cubin = compiler.compile_cubin('extern "C" __global__ void k() {}', name="k", arch="80").image
-    assert driver.toolkit_version(cubin) in (None, compiler.nvrtc_version())
+    assert loaded.toolkit_version(cubin) in (None, compiler.nvrtc_version())
 
 
 @pytest.mark.parametrize(
@@ -468,6 +469,36 @@ def test_launch_from_many_threads_keeps_arguments_apart(cuda):
     assert sorted(tuple(launch.values) for launch in cuda.launches) == [
         (number, 100 * number + step) for number in range(4) for step in range(50)
     ]
+
+
+def test_frozen_launches_are_the_same_each_time(cuda):
+    cuda.types = (I, P)
+    kernel = load("iP", smem_bytes=1000)
+    given = {"pdl": True, "cluster": 2, "smem_bytes": 500}
+    first, second = (kernel.freeze((number, 1, 1), 32, 7, (number, 16 * number), **given) for number in (1, 2))
+    assert not first() and not cuda.launches  # no launch of this thread has made memory for its context yet
+    kernel.launch((3, 1, 1), 32, 7, (3, 48), **given)
+    gc.collect()
+    assert first() and second() and first()
+    assert [(launch.grid[0], launch.values) for launch in cuda.launches] == [
+        (number, [number, 16 * number]) for number in (3, 1, 2, 1)
+    ]
+    assert len({(launch.smem, launch.stream, tuple(launch.attributes)) for launch in cuda.launches}) == 1
+
+
+def test_frozen_launches_leave_other_contexts_and_refusals_to_launch(cuda):
+    kernel = load()
+    kernel.launch((1, 1, 1), 32, 0, ())
+    again = kernel.freeze((1, 1, 1), 32, 0, ())
+    cuda.context = OTHER
+    assert not again() and len(cuda.launches) == 1
+    cuda.context = OURS
+    cuda.fails["cuLaunchKernelEx"] = 700
+    assert not again()
+    del cuda.fails["cuLaunchKernelEx"]
+    assert again() and len(cuda.launches) == 2
+    with pytest.raises(LaunchError, match="arguments must fit the signature ''; got 1 arguments"):
+        kernel.freeze((1, 1, 1), 32, 0, (1,))
 
 
 def test_launch_error_names_kernel_grid_threads_and_shared_memory(cuda):

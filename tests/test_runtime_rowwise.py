@@ -111,7 +111,7 @@ def test_kernels_are_loaded_once_with_the_carve_out_of_products(monkeypatch: pyt
     monkeypatch.setattr(rowwise.compiler, "arch_for", lambda capability: "90")
     monkeypatch.setattr(rowwise.cache, "get_cubin", lambda text, *, name, arch: b"code")
     monkeypatch.setattr(
-        rowwise.driver, "load_kernel", lambda *args, **named: loaded.append((args, named)) or FakeKernel()
+        rowwise.loaded, "load_kernel", lambda *args, **named: loaded.append((args, named)) or FakeKernel()
     )
     rowwise._kernel.cache_clear()
     for early in (True, False):

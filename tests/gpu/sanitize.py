@@ -219,7 +219,7 @@ def child() -> int:
 
     torch.set_num_threads(1)
     count, device = 0, driver.device_info(0)
-    with driver._current(driver._primary_context(0)):
+    with driver._current(driver.primary_context(0)):
         memory = _Memory()
         for plan in plans(device):
             _run(plan, memory)

@@ -85,7 +85,7 @@ def encode_map(
 
 @dataclass(frozen=True)
 class HostKernel:
-    """Stands in for `driver.Kernel` of a Hopper variant.
+    """Stands in for `loaded.Kernel` of a Hopper variant.
 
     left: for each tensor, what the kernel before this one leaves there; it happens as late as the kernel can wait for.
     """

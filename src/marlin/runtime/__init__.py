@@ -1,7 +1,7 @@
 """From a problem to a running kernel: choose a configuration, get a cubin, launch. Pointers and ints, never tensors."""
 
 from marlin.runtime.config import TileConfig, all_configs, why_illegal
-from marlin.runtime.launch import expand, launch
+from marlin.runtime.launch import expand, freeze, launch
 from marlin.runtime.plan import Plan, candidates, make_plan, plan
 from marlin.runtime.problem import Problem
 
@@ -12,6 +12,7 @@ __all__ = [
     "all_configs",
     "candidates",
     "expand",
+    "freeze",
     "launch",
     "make_plan",
     "plan",

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from marlin.errors import MarlinError
-from marlin.runtime import cache, compiler, driver
+from marlin.runtime import cache, compiler, driver, loaded
 
 MINIMUM_PYTHON = (3, 10)
 MINIMUM_VERSIONS = {"torch": "2.4", "safetensors": "0.4.3", "transformers": "5.0"}
@@ -168,7 +168,7 @@ def _compile() -> Check:
 
 def _launch() -> Check:
     cubin = compiler.compile_cubin(_TRIVIAL_KERNEL, name="marlin_doctor", arch=_arch()).image
-    kernel = driver.load_kernel(cubin, "marlin_doctor", device_index=0, smem_bytes=0, signature="")
+    kernel = loaded.load_kernel(cubin, "marlin_doctor", device_index=0, smem_bytes=0, signature="")
     kernel.launch((1, 1, 1), 32, 0, ())
     driver.synchronize(0)
     return Check("launch", True, "a kernel ran on GPU 0", needed_for="gpu")

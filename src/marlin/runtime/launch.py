@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
-from marlin.runtime import cache, compiler, driver, tensor_map
+from marlin.runtime import cache, compiler, loaded, tensor_map
 from marlin.runtime.config_sm90 import NARROW_SMEM_BYTES, WIDE_SMEM_BYTES
 from marlin.runtime.expansion import TILE, ExpandVariant, Slab, grid
 from marlin.runtime.plan import Plan
@@ -21,7 +23,7 @@ _MAX_LAUNCHERS, _MAX_MAPS = 8192, 4096
 
 
 @functools.cache
-def kernel(variant: Variant, arch: str, device_index: int) -> driver.Kernel:
+def kernel(variant: Variant, arch: str, device_index: int) -> loaded.Kernel:
     """The loaded kernel of a variant on a GPU; compiled on first use.
 
     Raises: CompileError, LaunchError, UnsupportedError.
@@ -30,7 +32,7 @@ def kernel(variant: Variant, arch: str, device_index: int) -> driver.Kernel:
     assert target is not None, f"{variant.entry} was planned for sm_{arch}"
     hopper = variant.config.family == "sm90"
     cubin = cache.get_cubin(variant.render(), name=variant.entry, arch=target)
-    return driver.load_kernel(
+    return loaded.load_kernel(
         cubin,
         variant.entry,
         device_index=device_index,
@@ -95,9 +97,28 @@ def _weight_maps(plan: Plan, codes: int, meta: int, scales: int) -> tuple[bytes,
     return code_map, meta_map, words(scales, 16, groups, config.chunk_groups(problem.group_size))
 
 
+def _arguments(
+    found: _Launcher, act: int, weight: tuple[int, int, int], rest: tuple[int, int, int, int], lda: int
+) -> tuple[Any, ...]:
+    """Of the kernel. weight: codes, meta, scales; rest: bias, out, workspace, tickets."""
+    if not found.mapped:
+        return (act, *weight, *rest, *found.extents, lda, *found.schedule)
+    maps = (*found.act_map(act, lda), *found.weight_map(*weight))
+    return (*maps, *rest, *found.extents, found.tail_rows, *found.schedule)
+
+
 # Why by identity: hashing a plan takes longer than launching it. The plan is kept, so its number is not used again.
 _launchers: dict[int, _Launcher] = {}
 _wide = False  # whether the launch before asked for WIDE_SMEM_BYTES
+
+
+def _launcher(plan: Plan) -> _Launcher:
+    found = _launchers.get(id(plan))
+    if found is None:
+        if len(_launchers) >= _MAX_LAUNCHERS:
+            _launchers.clear()
+        found = _launchers[id(plan)] = _Launcher(plan)
+    return found
 
 
 def launch(
@@ -119,30 +140,46 @@ def launch(
     Raises: LaunchError (the driver's word), and what compiling on first use raises.
     """
     global _wide
-    found = _launchers.get(id(plan))
-    if found is None:
-        if len(_launchers) >= _MAX_LAUNCHERS:
-            _launchers.clear()
-        found = _launchers[id(plan)] = _Launcher(plan)
-    rest = (bias, out, workspace, tickets, *found.extents)
-    if found.mapped:
-        maps = (*found.act_map(act, lda), *found.weight_map(codes, meta, scales))
-        smem = found.smem
-        if found.takes_turns:
-            _wide = not _wide
-            smem = WIDE_SMEM_BYTES if _wide else smem
-        args = (*maps, *rest, found.tail_rows, *found.schedule)
-        found.kernel.launch(found.blocks, found.threads, stream, args, pdl=PDL, cluster=found.cluster, smem_bytes=smem)
-    else:
-        args = (act, codes, meta, scales, *rest, lda, *found.schedule)
+    found = _launcher(plan)
+    args = _arguments(found, act, (codes, meta, scales), (bias, out, workspace, tickets), lda)
+    if not found.mapped:
         found.kernel.launch(found.blocks, found.threads, stream, args)
+        return
+    smem = found.smem
+    if found.takes_turns:
+        _wide = not _wide
+        smem = WIDE_SMEM_BYTES if _wide else smem
+    found.kernel.launch(found.blocks, found.threads, stream, args, pdl=PDL, cluster=found.cluster, smem_bytes=smem)
+
+
+def freeze(
+    plan: Plan, *, act: int, weight: tuple[int, int, int], bias: int, out: int, lda: int, stream: int
+) -> Callable[[], bool]:
+    """The same `launch`, of a plan that needs no memory, again and again: what is returned launches, and returns
+    whether it did; if not, `launch` does, or says why not. weight: codes, meta, scales. Raises: as `launch`."""
+    found = _launcher(plan)
+    args = _arguments(found, act, weight, (bias, out, 0, 0), lda)
+    work = functools.partial(found.kernel.freeze, found.blocks, found.threads, stream, args)
+    if not found.mapped:
+        return work()
+    narrow = work(pdl=PDL, cluster=found.cluster, smem_bytes=found.smem)
+    if not found.takes_turns:
+        return narrow
+    wide = work(pdl=PDL, cluster=found.cluster, smem_bytes=WIDE_SMEM_BYTES)
+
+    def in_turn() -> bool:
+        global _wide
+        _wide = not _wide
+        return wide() if _wide else narrow()
+
+    return in_turn
 
 
 @functools.cache
-def _expand_kernel(variant: ExpandVariant, arch: str, device_index: int) -> driver.Kernel:
+def _expand_kernel(variant: ExpandVariant, arch: str, device_index: int) -> loaded.Kernel:
     cubin = cache.get_cubin(variant.render(), name=variant.entry, arch=arch)
     smem_bytes, signature = variant.smem_bytes, variant.signature
-    return driver.load_kernel(
+    return loaded.load_kernel(
         cubin, variant.entry, device_index=device_index, smem_bytes=smem_bytes, signature=signature
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from marlin.errors import LaunchError, message
-from marlin.runtime import cache, compiler, driver
+from marlin.runtime import cache, compiler, driver, loaded
 from marlin.runtime.launch import PDL
 from marlin.runtime.problem import DTYPES
 from marlin.runtime.source import inline
@@ -73,7 +73,7 @@ class RowwiseVariant:
 
     @property
     def signature(self) -> str:
-        """A character for each argument, as `driver.load_kernel` takes it."""
+        """A character for each argument, as `loaded.load_kernel` takes it."""
         return "".join(code for _, _, code in self._arguments)
 
     @property
@@ -130,7 +130,7 @@ class RowwisePlan(NamedTuple):
     blocks_of_a_row: int
 
     def norm(
-        self, kernel: driver.Kernel, pointers: tuple[int, ...], strides: tuple[int, int], eps: float, stream: int
+        self, kernel: loaded.Kernel, pointers: tuple[int, ...], strides: tuple[int, int], eps: float, stream: int
     ) -> None:
         """Launch a norm. kernel: the plan's. pointers: x, residual (0: none), weight, out, sums (0: none).
 
@@ -139,7 +139,7 @@ class RowwisePlan(NamedTuple):
         args = (*pointers, self.width, *strides, eps)
         kernel.launch((self.grid, 1, 1), self.threads, stream, args, pdl=self.variant.early)
 
-    def silu_and_mul(self, kernel: driver.Kernel, x: int, out: int, stride: int, stream: int) -> None:
+    def silu_and_mul(self, kernel: loaded.Kernel, x: int, out: int, stride: int, stream: int) -> None:
         """Launch silu(gate) * up of rows of x, gate first, into `out`. kernel: the plan's. Raises: LaunchError."""
         args = (x, out, self.width, stride, self.blocks_of_a_row)
         kernel.launch((self.grid, 1, 1), self.threads, stream, args, pdl=self.variant.early)
@@ -175,11 +175,11 @@ def rowwise_plan(op: str, rows: int, width: int, dtype: str, device_index: int) 
 
 
 @functools.cache
-def _kernel(variant: RowwiseVariant, arch: str, device_index: int) -> driver.Kernel:
+def _kernel(variant: RowwiseVariant, arch: str, device_index: int) -> loaded.Kernel:
     cubin = cache.get_cubin(variant.render(), name=variant.entry, arch=arch)
     smem_bytes, signature = variant.smem_bytes, variant.signature
     # Why the carve-out: where it differs from that of the kernel before, blocks wait for an empty multiprocessor.
-    return driver.load_kernel(
+    return loaded.load_kernel(
         cubin,
         variant.entry,
         device_index=device_index,
@@ -189,7 +189,7 @@ def _kernel(variant: RowwiseVariant, arch: str, device_index: int) -> driver.Ker
     )
 
 
-def rowwise_kernel(variant: RowwiseVariant, device_index: int) -> driver.Kernel:
+def rowwise_kernel(variant: RowwiseVariant, device_index: int) -> loaded.Kernel:
     """The loaded kernel of a variant on a GPU; compiled on first use.
 
     Raises: CompileError, LaunchError, UnsupportedError.

@@ -108,7 +108,7 @@ class Variant:
 
     @property
     def signature(self) -> str:
-        """A character for each argument, as `driver.load_kernel` takes it."""
+        """A character for each argument, as `loaded.load_kernel` takes it."""
         return SIGNATURES[self.config.family]
 
     def target(self, arch: str) -> str | None:
