@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -124,3 +125,30 @@ def test_remembered_weights_hold_no_memory() -> None:
 
     first = run_once()  # which keeps what splitting K needs
     assert all(run_once() == first for _ in range(3))
+
+
+def test_launches_that_come_again_see_new_values_on_every_stream_and_thread() -> None:
+    layer, act = make_layer(n=4096, k=4096), random_act(1, 4096, device=DEVICE)
+    faults: list[str] = []
+
+    def work(stream: torch.cuda.Stream, name: str) -> None:
+        own = torch.empty_like(act)
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for seed in range(8):
+                own.copy_(random_act(1, 4096, device=DEVICE, seed=seed))
+                if not torch.equal(layer(own), through_dispatcher(layer, own)):
+                    faults.append(f"{name}, call {seed}")
+
+    streams = [torch.cuda.current_stream(), *(torch.cuda.Stream() for _ in range(3))]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for index, stream in enumerate(streams[:2]):
+        work(stream, f"stream {index}")
+    threads = [threading.Thread(target=work, args=(stream, "thread")) for stream in streams[2:]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    weight = cuda._weights[id(layer.codes)]
+    assert any(again is not None for again in weight.again.values()), "no launch was packed"
