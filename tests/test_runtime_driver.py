@@ -476,27 +476,22 @@ def test_frozen_launches_are_the_same_each_time(cuda):
     kernel = load("iP", smem_bytes=1000)
     given = {"pdl": True, "cluster": 2, "smem_bytes": 500}
     first, second = (kernel.freeze((number, 1, 1), 32, 7, (number, 16 * number), **given) for number in (1, 2))
-    assert not first() and not cuda.launches  # no launch of this thread has made memory for its context yet
     kernel.launch((3, 1, 1), 32, 7, (3, 48), **given)
     gc.collect()
-    assert first() and second() and first()
+    assert first() == second() == first() == 0
     assert [(launch.grid[0], launch.values) for launch in cuda.launches] == [
         (number, [number, 16 * number]) for number in (3, 1, 2, 1)
     ]
     assert len({(launch.smem, launch.stream, tuple(launch.attributes)) for launch in cuda.launches}) == 1
 
 
-def test_frozen_launches_leave_other_contexts_and_refusals_to_launch(cuda):
+def test_frozen_launches_leave_refusals_to_launch(cuda):
     kernel = load()
-    kernel.launch((1, 1, 1), 32, 0, ())
     again = kernel.freeze((1, 1, 1), 32, 0, ())
-    cuda.context = OTHER
-    assert not again() and len(cuda.launches) == 1
-    cuda.context = OURS
     cuda.fails["cuLaunchKernelEx"] = 700
-    assert not again()
+    assert again() == 700
     del cuda.fails["cuLaunchKernelEx"]
-    assert again() and len(cuda.launches) == 2
+    assert again() == 0 and len(cuda.launches) == 1
     with pytest.raises(LaunchError, match="arguments must fit the signature ''; got 1 arguments"):
         kernel.freeze((1, 1, 1), 32, 0, (1,))
 

@@ -42,7 +42,7 @@ class _Call(NamedTuple):
     pieces: tuple[tuple[int, Any], ...]
     whole: Any
     launch: Callable[..., None]
-    freeze: Callable[..., Callable[[], bool]]
+    freeze: Callable[..., Callable[[], int]]
 
 
 class _Weight:
@@ -52,36 +52,42 @@ class _Weight:
     again: launches by plan, act, out and stream, packed when they come a second time; None when they came once.
     """
 
-    __slots__ = ("addresses", "again", "calls", "codes", "dtype", "held", "index", "key", "others")
+    __slots__ = ("_bias", "addresses", "again", "calls", "codes", "dtype", "held", "index", "key", "meta", "scales")
 
     def __init__(self, key: tuple[str, int, int], operands: Operands, index: int, held: Tensor | None) -> None:
         codes, meta, scales, bias = operands
         self.key, self.index, self.dtype, self.held = key, index, scales.dtype, held
         self.calls: tuple[dict[torch.Size, _Call], dict[torch.Size, _Call]] = ({}, {})
-        self.again: dict[tuple[int, int, int, int], Callable[[], bool] | None] = {}
+        self.again: dict[tuple[int, int, int, int], Callable[[], int] | None] = {}
         number = id(codes)
         self.codes = weakref.ref(codes, lambda dead: _forget(number, dead))
-        self.others = tuple(None if t is None else weakref.ref(t) for t in (meta, scales, bias))
+        self.meta, self.scales, self._bias = _reference(meta), _reference(scales), _reference(bias)
         self.addresses = _addresses((codes, meta, scales, bias if held is None else held))
 
     @property
     def bias(self) -> Tensor | None:
         """As kernels read it."""
-        own = self.others[2]
-        return self.held if self.held is not None or own is None else own()
+        return self._bias() if self.held is None else self.held
 
     def is_of(self, operands: Operands, key: tuple[str, int, int]) -> bool:
         """Whether these are the tensors that were checked, where they were then."""
         codes, meta, scales, bias = operands
-        own_meta, own_scales, own_bias = self.others
         return (
             self.codes() is codes
-            and (own_meta is meta if own_meta is None else own_meta() is meta)
-            and own_scales() is scales  # type: ignore[misc]
-            and (own_bias is bias if own_bias is None else own_bias() is bias)
+            and self.meta() is meta
+            and self.scales() is scales
+            and self._bias() is bias
             and self.addresses == _addresses(operands)
             and self.key == key
         )
+
+
+def _reference(tensor: Tensor | None) -> Callable[[], Tensor | None]:
+    return _absent if tensor is None else weakref.ref(tensor)
+
+
+def _absent() -> None:
+    return None
 
 
 # Why by identity: the shapes, dtypes and devices of four tensors take longer to compare than a launch.
@@ -210,7 +216,7 @@ def _run(op: str, weight: _Weight, call: _Call, act: Tensor, out: Tensor | None)
             at, to, stream = act.data_ptr(), result.data_ptr(), _raw_stream(weight.index)
             key = (id(call.whole), at, to, stream)  # launchers keep plans, so that numbers are not used again
             again = weight.again.get(key)
-            if again is not None and again():
+            if again is not None and not again():
                 return result
             if not at % 16:
                 _put(call, call.whole, weight, at, to, call.k, stream)

@@ -10,6 +10,7 @@ so that a call allocates next to nothing. Source: CUDA Driver API reference.
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import struct
 import threading
@@ -196,24 +197,17 @@ class Kernel:
         pdl: bool = False,
         cluster: int = 1,
         smem_bytes: int = 0,
-    ) -> Callable[[], bool]:
-        """The same `launch` again and again, packed once: what is returned launches, and returns whether it did.
+    ) -> Callable[[], int]:
+        """The same `launch` again and again, packed once: what is returned launches, and returns the driver's code.
 
-        False: another context is current, or the driver's word; `launch` then does it, or says why not.
+        0 is success. Otherwise nothing was launched, and `launch` does it or says why not: another context may be
+        current, which this does not look at, since the driver refuses a kernel that is not of it.
         Raises: LaunchError (arguments that do not fit the signature).
         """
-        frame, context, function, local = self._new_frame(), self._context, self._function, self._local
+        frame = self._new_frame()
         self._pack(frame, grid, threads, stream, args, pdl, cluster, smem_bytes)
         config_address, addresses, launch = frame[2], frame[3], frame[9]
-
-        def again() -> bool:
-            try:
-                own = local.frame  # of this thread, for its current context
-            except AttributeError:
-                return False
-            own[8](own[7])
-            return own[6].value == context and not launch(config_address, function, addresses, None)
-
+        again = functools.partial(launch, config_address, self._function, addresses, None)
         again.memory = frame  # type: ignore[attr-defined]  # what the addresses point to
         return again
 
