@@ -59,7 +59,7 @@ ROOMS = {
         ("torch", "safetensors", "transformers"),
     ),
     "convert": Room(("errors", "formats", "nn", "api"), ("torch", "safetensors")),
-    "shards": Room(("errors", "formats"), ("torch", "safetensors")),
+    "shards": Room(("formats",), ("torch", "safetensors")),
     "streaming": Room(
         ("errors", "experts", "formats", "shards", "compress", "api"), ("torch", "safetensors", "transformers")
     ),

@@ -75,14 +75,14 @@ class FakeRuntime:
         if plan.workspace_bytes and at["workspace"]:
             read(at["workspace"], (plan.workspace_bytes // 4,), (1,), torch.float32).fill_(torch.nan)
 
-    def freeze(self, plan: FakePlan, *, weight: tuple[int, int, int], **at: Any) -> Callable[[], int]:
+    def freeze(self, plan: FakePlan, *, weight: tuple[int, int, int], **at: Any) -> Callable[[], bool]:
         assert not plan.num_tickets and plan.expansion is None
         at |= dict(zip(("codes", "meta", "scales"), weight, strict=True))
         self.packed += 1
 
-        def again() -> int:
+        def again() -> bool:
             self.launch(plan, workspace=0, tickets=0, **at)
-            return 0
+            return True
 
         return again
 
@@ -234,7 +234,7 @@ def test_a_packed_launch_that_does_not_go_is_launched_as_the_first(fake, monkeyp
     packed, act = make(), torch.randn(5, 96).half()
     out, tried = torch.empty(5, 72).half(), []
     monkeypatch.setattr(cuda, "_empty", lambda *_: out)
-    monkeypatch.setattr(runtime, "freeze", lambda plan, **at: lambda: tried.append(at) or 1)
+    monkeypatch.setattr(runtime, "freeze", lambda plan, **at: lambda: bool(tried.append(at)))
     for turn in range(4):
         assert torch.equal(run(packed, act.normal_()), ops.linear(act, packed))
         assert len(fake.launches) == turn + 1

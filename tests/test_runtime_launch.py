@@ -28,10 +28,10 @@ class FakeKernel:
     def launch(self, *args: Any, **named: Any) -> None:
         self.launches.append((args, tuple(sorted(named.items()))))
 
-    def freeze(self, *args: Any, **named: Any) -> Callable[[], int]:
-        def again() -> int:
+    def freeze(self, *args: Any, **named: Any) -> Callable[[], bool]:
+        def again() -> bool:
             self.launch(*args, **named)
-            return 0
+            return True
 
         return again
 

@@ -18,6 +18,7 @@ from marlin import api, experts, streaming  # noqa: E402
 from marlin.compress import LayerRecipe, Options, Recipe, block  # noqa: E402
 from marlin.errors import CheckpointError, UnsupportedError  # noqa: E402
 from marlin.shards import Shards  # noqa: E402
+from tests.test_cli import error_of  # noqa: E402
 from tests.test_experts import AT, MODELS, RECIPE, tiny, tokens  # noqa: E402
 from tests.test_streaming import tensors_of  # noqa: E402
 
@@ -134,6 +135,11 @@ def test_a_quantized_model_is_not_compressed(tmp_path: Path) -> None:
     ours = api.save_pretrained(model, tmp_path / "ours")
     with pytest.raises(CheckpointError, match=r"must not be quantized; got quantization_config in config\.json\. Comp"):
         streamed(ours, tmp_path / "out")
+    for more in ((), ("--stream",), ("--recipe", "auto")):
+        found = error_of("compress", str(ours), str(tmp_path / "out"), *more)
+        assert found == (
+            f"error: compress: MODEL must be dense; got {ours}, compressed. Compress the model that it was made of."
+        )
     dense = tiny("mixtral")
     layer = dense.model.layers[0].self_attn.q_proj
     layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)

@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from marlin.errors import CheckpointError, message
 from marlin.formats import checkpoint
-from marlin.formats.safetensors_header import TensorEntry, parse_json
+from marlin.formats.published import CONFIG_KEYS
+from marlin.formats.safetensors_header import TensorEntry, parse_json, refuse
 
 OP = "stream"
 ROWS_READ = 4
@@ -44,11 +44,10 @@ class Shards:
     def open(cls, directory: Path) -> Shards:
         """The directory's tensors, headers checked. Raises: CheckpointError (also of weights that are quantized)."""
         config = parse_json((directory / checkpoint.CONFIG_FILE).read_bytes(), checkpoint.CONFIG_FILE)
-        for key in ("quantization_config", "compression_config"):
+        for key in CONFIG_KEYS:
             if isinstance(config, dict) and config.get(key):
                 fix = "Compress the 16-bit model that it was made of."
-                need = "the model must not be quantized"
-                raise CheckpointError(message(f"{OP} {directory}", need, f"{key} in config.json", fix))
+                raise refuse(f"{OP} {directory}", "the model must not be quantized", f"{key} in config.json", fix)
         return cls(directory, checkpoint.read_headers(directory))
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -62,7 +61,7 @@ class Shards:
                 return self._assembled(names, dtype)
         fix = "The model's class renames tensors on loading: compress it without --stream."
         requirement = "the files must have a tensor for each parameter and buffer"
-        raise CheckpointError(message(f"{OP} {self.directory}", requirement, f"none named {name!r}", fix))
+        raise refuse(f"{OP} {self.directory}", requirement, f"none named {name!r}", fix)
 
     def _stored(self, name: str) -> torch.Tensor:
         with safe_open(self.tensors[name].file, framework="pt", device="cpu") as file:
@@ -76,8 +75,11 @@ class Shards:
             return []
         for leaves in _LISTED[found["leaf"]]:
             names: list[tuple[str, ...]] = []
-            while (first := f"{found['experts']}.{len(names)}.{leaves[0]}.weight") in self.tensors:
-                names.append((first, *(first.replace(leaves[0], leaf) for leaf in leaves[1:])))
+            while True:
+                parts = tuple(f"{found['experts']}.{len(names)}.{leaf}.weight" for leaf in leaves)
+                if parts[0] not in self.tensors:
+                    break
+                names.append(parts)
             if names:
                 return names
         return []
@@ -89,13 +91,13 @@ class Shards:
             lacking = [part for part in parts if part not in self.tensors]
             if lacking:
                 need = "an expert must have all its tensors"
-                raise CheckpointError(message(f"{OP} {self.directory}", need, f"none named {lacking[0]!r}"))
+                raise refuse(f"{OP} {self.directory}", need, f"none named {lacking[0]!r}")
             one = torch.cat([self._stored(part) for part in parts])
             if whole is None:
                 whole = torch.empty(len(names), *one.shape, dtype=dtype or one.dtype)
             if one.shape != whole.shape[1:]:
                 need = f"all experts must have shape {list(whole.shape[1:])}, that of the first"
-                raise CheckpointError(message(f"{OP} {self.directory}", need, f"{list(one.shape)} for {parts[0]!r}"))
+                raise refuse(f"{OP} {self.directory}", need, f"{list(one.shape)} for {parts[0]!r}")
             whole[index] = one
         assert whole is not None
         return whole
@@ -114,7 +116,7 @@ class Shards:
                     value = self.read(f"{path}.{leaf}", dtype)
                     if value.shape != parameter.shape:
                         need = f"{path}.{leaf} must have shape {list(parameter.shape)}, that of the model"
-                        raise CheckpointError(message(f"{OP} {self.directory}", need, f"{list(value.shape)}"))
+                        raise refuse(f"{OP} {self.directory}", need, f"{list(value.shape)}")
                     part._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             for leaf, buffer in part._buffers.items():
                 if buffer is not None and leaf not in part._non_persistent_buffers_set:

@@ -206,16 +206,16 @@ def compress_directory(
 
     source, target = Path(source), Path(target)
     check_replaceable(target, overwrite, checkpoint.is_directory_of_ours)
-    model, shards = skeleton(source, precision.compute), Shards.open(source)
+    shards, model = Shards.open(source), skeleton(source, precision.compute)
     prefix, blocks = decoder_blocks(model)
     base = getattr(model, "base_model", model)
     whole = next(name for name, module in model.named_modules() if module is base)
     shards.fill(base, whole, precision.compute, without=(prefix,))
     others = _others(model, prefix, shards)
     fused = {name: copy.deepcopy(module) for name, module in experts.fused(model)}
-    split = experts.split(model, lambda name: recipe.layer(name).kind != "skip")
+    done = experts.split(model, lambda name: recipe.layer(name).kind != "skip")
     with replace_directory(target, overwrite=overwrite, is_ours=checkpoint.is_directory_of_ours) as temporary:
-        ours = {name: fused[name] for name in split}
+        ours = {name: fused[name] for name in done}
         files = Files(shards, temporary, precision.compute, precision.saved, len(blocks) + 1, ours)
         compressed = compress_model(model, calibration, recipe, options=options, keeper=files)
         files.copy(others)

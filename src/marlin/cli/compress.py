@@ -156,6 +156,16 @@ def _shows_blocks(display: Any, description: str) -> Callable[[Event], None]:
     return show
 
 
+def _check_dense(model: Path) -> None:
+    """Raises: ValueError (no model directory, or a compressed one)."""
+    from marlin.demo.models import check_model_directory
+    from marlin.formats.checkpoint import is_directory_of_ours
+
+    check_model_directory(model)
+    fix = "Compress the model that it was made of."
+    require(not is_directory_of_ours(model), "compress", "MODEL must be dense", f"{model}, compressed", fix)
+
+
 def _budget(recipe: str, bits: float | None, max_ppl_increase: float | None) -> dict[str, float]:
     """The one budget of an automatic recipe. Raises: ValueError (none or both, or given for another recipe)."""
     given = {"bits": bits, "max_ppl_increase": max_ppl_increase}
@@ -307,9 +317,7 @@ def compress(
       marlin compress MODEL OUT --recipe auto --bits 3.5
       marlin compress MODEL OUT -g 64 --reconstruct 384 --recover 20 --resume-dir /tmp/resume
     """
-    from marlin.demo import models
-
-    models.check_model_directory(model)
+    _check_dense(model)
     budget = _budget(recipe, bits, max_ppl_increase)
     chosen_recipe = _chosen(recipe, group_size, method, low_rank)
     require(recover is None or recover > 0, "compress", "--recover must be above 0 minutes", str(recover))

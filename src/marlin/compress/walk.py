@@ -28,10 +28,10 @@ from marlin.compress.replicas import Replicas, owner
 from marlin.compress.report import Compressed, Event
 from marlin.compress.store import BlockResult, Store, fingerprint
 from marlin.errors import message, require
+from marlin.formats.weight import SCALE_DTYPES
 
 OP = "compress_model"
 MAX_WAITING_SHARE = 0.05
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _check_calibration(calibration: torch.Tensor) -> None:
@@ -72,7 +72,7 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> dict[str, LayerRecipe]:
         if layer.kind != "skip":
             got = f"{name} in {layers[name].weight.dtype}"
             fix = "Load the model in 16 bits, not quantized."
-            require(layers[name].weight.dtype in FLOATS, OP, "weights must have 16 or 32 bits", got, fix)
+            require(layers[name].weight.dtype in SCALE_DTYPES, OP, "weights must have 16 or 32 bits", got, fix)
             layer.group_size_for(name, layers[name].out_features, layers[name].in_features)
     require(any(layer.kind != "skip" for layer in plan.values()), OP, "the recipe must compress a layer", "only 'skip'")
     _warn_of_fused(model, recipe)

@@ -42,7 +42,7 @@ class _Call(NamedTuple):
     pieces: tuple[tuple[int, Any], ...]
     whole: Any
     launch: Callable[..., None]
-    freeze: Callable[..., Callable[[], int]]
+    freeze: Callable[..., Callable[[], bool]]
 
 
 class _Weight:
@@ -58,7 +58,7 @@ class _Weight:
         codes, meta, scales, bias = operands
         self.key, self.index, self.dtype, self.held = key, index, scales.dtype, held
         self.calls: tuple[dict[torch.Size, _Call], dict[torch.Size, _Call]] = ({}, {})
-        self.again: dict[tuple[int, int, int, int], Callable[[], int] | None] = {}
+        self.again: dict[tuple[int, int, int, int], Callable[[], bool] | None] = {}
         number = id(codes)
         self.codes = weakref.ref(codes, lambda dead: _forget(number, dead))
         self.meta, self.scales, self._bias = _reference(meta), _reference(scales), _reference(bias)
@@ -214,9 +214,9 @@ def _run(op: str, weight: _Weight, call: _Call, act: Tensor, out: Tensor | None)
         if call.whole is not None and act.is_contiguous():
             # Why beside _launch: what most calls are, in the fewest steps.
             at, to, stream = act.data_ptr(), result.data_ptr(), _raw_stream(weight.index)
-            key = (id(call.whole), at, to, stream)  # launchers keep plans, so that numbers are not used again
+            key = (id(call.whole), at, to, stream)  # the call keeps the plan, so that its number is not used again
             again = weight.again.get(key)
-            if again is not None and not again():
+            if again is not None and again():
                 return result
             if not at % 16:
                 _put(call, call.whole, weight, at, to, call.k, stream)
@@ -235,7 +235,7 @@ def _keep(call: _Call, weight: _Weight, key: tuple[int, int, int, int]) -> None:
         if len(weight.again) >= _MAX_PACKED:
             weight.again.clear()
         weight.again[key] = None
-    else:
+    elif weight.again.get(key) is None:
         (_, act, out, stream), (*packed, bias) = key, weight.addresses
         weight.again[key] = call.freeze(
             call.whole, act=act, weight=tuple(packed), bias=bias, out=out, lda=call.k, stream=stream

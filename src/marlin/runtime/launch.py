@@ -154,9 +154,9 @@ def launch(
 
 def freeze(
     plan: Plan, *, act: int, weight: tuple[int, int, int], bias: int, out: int, lda: int, stream: int
-) -> Callable[[], int]:
-    """The same `launch`, of a plan that needs no memory, again and again: what is returned launches, and returns 0 if
-    it did; if not, `launch` does, or says why not. weight: codes, meta, scales. Raises: as `launch`."""
+) -> Callable[[], bool]:
+    """The same `launch`, of a plan that needs no memory, again and again: what is returned launches, and returns
+    whether it did; if not, `launch` does, or says why not. weight: codes, meta, scales. Raises: as `launch`."""
     found = _launcher(plan)
     args = _arguments(found, act, weight, (bias, out, 0, 0), lda)
     work = functools.partial(found.kernel.freeze, found.blocks, found.threads, stream, args)
@@ -167,7 +167,7 @@ def freeze(
         return narrow
     wide = work(pdl=PDL, cluster=found.cluster, smem_bytes=WIDE_SMEM_BYTES)
 
-    def in_turn() -> int:
+    def in_turn() -> bool:
         global _wide
         _wide = not _wide
         return wide() if _wide else narrow()

@@ -15,7 +15,7 @@ import re
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from marlin.errors import LaunchError, UnsupportedError, message, require
 from marlin.runtime.driver import (
@@ -99,6 +99,18 @@ def _refused_image(code: int, cubin: bytes, entry: str, device_index: int) -> Un
     return UnsupportedError(message(f"load_kernel[{entry}]", "the driver must take the machine code", got, fix))
 
 
+class _Frame(NamedTuple):
+    """Memory of a launch: arguments, configuration, attributes, where each argument lies; and their addresses."""
+
+    values: Any
+    config: Any
+    attributes: Any
+    places: Any
+    config_at: int
+    attributes_at: int
+    places_at: int
+
+
 class Kernel:
     """A kernel on one GPU, ready to launch from any thread. Made by `load_kernel`."""
 
@@ -113,35 +125,29 @@ class Kernel:
         self._layout = struct.Struct("@" + "".join(_ARGUMENT_TYPES[code] for code in signature))
         self._local = threading.local()
 
-    def _new_frame(self) -> tuple[Any, ...]:
-        """Memory of launches: values and their addresses, config, attributes; then current context, and what keeps."""
+    def _new_frame(self) -> _Frame:
         values = ctypes.create_string_buffer(max(self._layout.size, 1))
         config = ctypes.create_string_buffer(_CONFIG.size)
-        attribute = ctypes.create_string_buffer(_PDL_ATTRIBUTE, len(_PDL_ATTRIBUTE) + _CLUSTER_ATTRIBUTES.size)
+        attributes = ctypes.create_string_buffer(_PDL_ATTRIBUTE, len(_PDL_ATTRIBUTE) + _CLUSTER_ATTRIBUTES.size)
         base, types = ctypes.addressof(values), [_ARGUMENT_TYPES[code] for code in self.signature]
         offsets = [struct.calcsize("@" + "".join(types[: i + 1])) - struct.calcsize(t) for i, t in enumerate(types)]
-        addresses = (ctypes.c_void_p * max(len(types), 1))(*(base + offset for offset in offsets))
-        current, library = ctypes.c_void_p(), libcuda()
-        return (
-            *(values, config, ctypes.addressof(config), ctypes.addressof(addresses)),
-            *(attribute, ctypes.addressof(attribute)),
-            *(current, ctypes.byref(current), library.cuCtxGetCurrent, library.cuLaunchKernelEx),
-            addresses,
-        )
+        places = (ctypes.c_void_p * max(len(types), 1))(*(base + offset for offset in offsets))
+        at = ctypes.addressof
+        return _Frame(values, config, attributes, places, at(config), at(attributes), at(places))
 
     def _pack(
         self,
-        frame: tuple[Any, ...],
+        frame: _Frame,
         grid: tuple[int, int, int],
         threads: int,
         stream: int,
         args: tuple[Any, ...],
-        pdl: bool,
-        cluster: int,
-        smem_bytes: int,
+        pdl: bool = False,
+        cluster: int = 1,
+        smem_bytes: int = 0,
     ) -> None:
         """Write a launch into a frame. Raises: LaunchError."""
-        values, config, _, _, attributes, attribute, *_ = frame
+        values, config, attributes, _, _, attribute, _ = frame
         try:
             self._layout.pack_into(values, 0, *args)
             first, count = (attribute, 1) if pdl else (attribute + len(_PDL_ATTRIBUTE), 0)
@@ -153,6 +159,17 @@ class Kernel:
             )
         except (struct.error, TypeError) as error:
             raise self._bad_arguments(args, grid, threads, stream, error) from error
+
+    def _is_current(self) -> bool:
+        """Whether the kernel's context is that of the calling thread."""
+        try:
+            current, reference, get_current = self._local.current
+        except AttributeError:
+            current = ctypes.c_void_p()
+            reference, get_current = ctypes.byref(current), libcuda().cuCtxGetCurrent
+            self._local.current = current, reference, get_current
+        get_current(reference)
+        return bool(current.value == self._context)
 
     def launch(
         self,
@@ -177,37 +194,28 @@ class Kernel:
         except AttributeError:
             frame = self._local.frame = self._new_frame()
         self._pack(frame, grid, threads, stream, args, pdl, cluster, smem_bytes)
-        _, _, config_address, addresses, _, _, current, current_ref, get_current, launch, _ = frame
-        get_current(current_ref)
-        if current.value == self._context:
-            code = launch(config_address, self._function, addresses, None)
+        work = libcuda().cuLaunchKernelEx
+        if self._is_current():
+            code = work(frame.config_at, self._function, frame.places_at, None)
         else:
             with within(self._context):
-                code = launch(config_address, self._function, addresses, None)
+                code = work(frame.config_at, self._function, frame.places_at, None)
         if code:
             raise self._refused(code, grid, threads)
 
-    def freeze(
-        self,
-        grid: tuple[int, int, int],
-        threads: int,
-        stream: int,
-        args: tuple[Any, ...],
-        *,
-        pdl: bool = False,
-        cluster: int = 1,
-        smem_bytes: int = 0,
-    ) -> Callable[[], int]:
-        """The same `launch` again and again, packed once: what is returned launches, and returns the driver's code.
+    def freeze(self, *launch: Any, **options: Any) -> Callable[[], bool]:
+        """The same `launch`, of these arguments, again and again, packed once: what is returned does it.
 
-        0 is success. Otherwise nothing was launched, and `launch` does it or says why not: another context may be
-        current, which this does not look at, since the driver refuses a kernel that is not of it.
-        Raises: LaunchError (arguments that do not fit the signature).
+        It returns whether it did: not where another context is current, nor where the driver refuses; `launch` then
+        does it, or says why not. Raises: LaunchError (arguments that do not fit the signature).
         """
-        frame = self._new_frame()
-        self._pack(frame, grid, threads, stream, args, pdl, cluster, smem_bytes)
-        config_address, addresses, launch = frame[2], frame[3], frame[9]
-        again = functools.partial(launch, config_address, self._function, addresses, None)
+        frame, is_current = self._new_frame(), self._is_current
+        self._pack(frame, *launch, **options)
+        work = functools.partial(libcuda().cuLaunchKernelEx, frame.config_at, self._function, frame.places_at, None)
+
+        def again() -> bool:
+            return is_current() and not work()
+
         again.memory = frame  # type: ignore[attr-defined]  # what the addresses point to
         return again
 
